@@ -1,0 +1,1 @@
+"""What to keep of a trained multi-task network: tasks, budgets, pruning, tickets, pathways."""

@@ -1,0 +1,1 @@
+"""Device facts and honest measurement; imports neither targets nor compressor."""
