@@ -1,0 +1,31 @@
+"""What every test may use: `golden`, texts that are compared with a file and rewritten on request."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+Golden = Callable[[str, str], None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/ with what the tests produce")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """`golden(name, text)`: the text equals the file `tests/golden/<name>`."""
+    update = bool(request.config.getoption("--update-golden"))
+
+    def compare(name: str, text: str) -> None:
+        file = GOLDEN / name
+        if update:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        if not file.is_file():
+            pytest.fail(f"tests/golden/{name} does not exist; run pytest --update-golden and read the result.")
+        assert text == file.read_text(encoding="utf-8"), f"differs from tests/golden/{name}; see --update-golden"
+
+    return compare
