@@ -1,0 +1,89 @@
+"""The cpu target: blocked layouts, our schedules, LLVM, one shared library for TVM's runtime."""
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import tvm
+from tvm import relax
+
+from profiles.device import Device, Kind
+from targets import artifact as artifacts
+from targets.base import Artifact, BuildPlan, Program, Runner
+from targets.errors import TargetError
+from targets.kind import require_kind
+from targets.link import link, link_command, linker
+from targets.lower import answers, lower, signature
+from targets.passes import FINISH, cpu_pipeline
+from targets.runner import VirtualMachineRunner
+
+
+class CpuTarget:
+    """Compiles for CPUs of any vector width through LLVM and the device's linker."""
+
+    name = "cpu"
+    kind: Kind = "cpu"
+
+    def check(self, device: Device) -> None:
+        """Raise TargetError unless `device` is a CPU that a linker here can build for."""
+        require_kind(self.name, self.kind, device)
+        linker(device)
+
+    def plan(self, program: Program, device: Device) -> BuildPlan:
+        """Lower and schedule the program; `model.tir` is every kernel as LLVM will get it."""
+        require_kind(self.name, self.kind, device)
+        target = tvm.target.Target(dict(device.target))
+        with target:
+            module = cpu_pipeline(device)(lower(program))
+        return BuildPlan(
+            target=self.name,
+            device=device,
+            program=program,
+            files={
+                artifacts.MODEL: program.model.SerializeToString(deterministic=True),
+                "model.tir": module.script(show_meta=False).encode(),
+            },
+            commands=(f"llvm {target}", link_command(device)),
+            options={"versions": artifacts.versions()},
+            lowered=module,
+        )
+
+    def build(
+        self, plan: BuildPlan, directory: Path, extra: Mapping[str, bytes], about: Mapping[str, object]
+    ) -> Artifact:
+        """Compile and link what `plan` holds, and write the artifact folder."""
+        self.check(plan.device)
+        target = tvm.target.Target(dict(plan.device.target))
+        lowered = plan.lowered or self.plan(plan.program, plan.device).lowered
+        with artifacts.staged(directory) as folder:
+            executable = relax.build(lowered, target, relax_pipeline=FINISH)
+            link(executable, folder / artifacts.LIBRARY, plan.device)
+            artifacts.seal(folder, plan, signature(plan.program), answers(plan.program), extra, about)
+        return artifacts.read(directory)
+
+    def load(self, artifact: Artifact, threads: int) -> Runner:
+        """Verify the artifact and open its library.
+
+        Raises:
+            TargetError: the folder differs from its manifest, it was built for another processor, or `threads`
+                cannot be had.
+        """
+        manifest = artifacts.read(artifact.directory).manifest
+        if manifest.target != self.name:
+            raise TargetError(f"'{artifact.directory}' was built by the {manifest.target} target, not by {self.name}.")
+        _require_host_runs(manifest.device)
+        module = tvm.runtime.load_module(str(artifact.directory.resolve() / artifacts.LIBRARY))
+        return VirtualMachineRunner(module, tvm.cpu(), manifest.inputs, manifest.tasks, threads)
+
+
+def _require_host_runs(device: Device) -> None:
+    """Refuse code of another architecture or with wider vectors than this machine's, before it can crash."""
+    here = platform.machine()
+    triple = str(device.target.get("mtriple", here))
+    there = {"amd64": "x86_64", "arm64": "aarch64"}.get(triple.partition("-")[0], triple.partition("-")[0])
+    if there != here:
+        raise TargetError(f"The artifact was built for '{device.name}' ({there}); this machine is {here}. Run it there.")
+    needs = {512: "avx512f", 256: "avx2"}.get(device.vector_bits)
+    flags = Path("/proc/cpuinfo")
+    if here == "x86_64" and needs and flags.exists() and needs not in flags.read_text().split():
+        raise TargetError(f"The artifact was built for '{device.name}' and needs {needs}, which this processor lacks.")

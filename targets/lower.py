@@ -1,0 +1,162 @@
+"""ONNX to Relax: import a checked program, refuse by name what is not supported, and run it plainly as a reference."""
+
+import contextlib
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import tvm
+from onnx import TensorProto, helper
+from tvm import relax
+from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
+
+from targets.base import Program, Tensor
+from targets.errors import TargetError
+from targets.runner import VirtualMachineRunner
+
+# The importer knows more operators than these; an operator is listed once a test compares it with ONNX Runtime.
+SUPPORTED = frozenset(
+    """
+    Add Sub Mul Div Neg Abs Sqrt Exp Log Pow Reciprocal Erf Min Max
+    Relu LeakyRelu PRelu Clip Sigmoid HardSigmoid HardSwish Tanh Elu Selu Softplus Gelu Mish Softmax LogSoftmax
+    Conv ConvTranspose Gemm MatMul BatchNormalization LayerNormalization InstanceNormalization
+    MaxPool AveragePool GlobalAveragePool GlobalMaxPool ReduceMean ReduceMax ReduceSum ReduceMin
+    Resize DepthToSpace SpaceToDepth Pad Concat Split Slice Gather
+    Reshape Flatten Transpose Squeeze Unsqueeze Expand Constant Identity Dropout Cast
+    """.split()
+)
+
+
+def lower(program: Program) -> tvm.IRModule:
+    """The program as a Relax module: weights bound as constants, static shapes, outputs a tuple in task order.
+
+    Raises:
+        TargetError: unsupported operators (all of them named), a shape that is not static, outputs that are not
+            the tasks, an answer that no operator computes, or a node the importer cannot convert.
+    """
+    graph = program.model.graph
+    _check(program)
+    opset = next(o.version for o in program.model.opset_import if o.domain in ("", "ai.onnx"))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            module = _Importer(None, "float32").from_onnx(graph, opset)
+    except (ValueError, TypeError, AssertionError, NotImplementedError, tvm.TVMError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise TargetError(f"Program '{program.name}' cannot be imported: {reason}") from error
+    return _with_tuple_output(module, program)
+
+
+def reference(program: Program) -> VirtualMachineRunner:
+    """Run the program through TVM's plain legalisation: slow, and a check on everything else this package does to it."""
+    executable = tvm.compile(lower(program), tvm.target.Target({"kind": "llvm"}))
+    return VirtualMachineRunner(executable.jit(), tvm.cpu(), signature(program), program.tasks, threads=1)
+
+
+def signature(program: Program) -> tuple[Tensor, ...]:
+    """Inputs of a program, in order, weights left out."""
+    weights = {tensor.name for tensor in program.model.graph.initializer}
+    return tuple(_tensor(value) for value in program.model.graph.input if value.name not in weights)
+
+
+def answers(program: Program) -> tuple[Tensor, ...]:
+    """Outputs of a program, in order."""
+    return tuple(_tensor(value) for value in program.model.graph.output)
+
+
+def _check(program: Program) -> None:
+    graph = program.model.graph
+    unknown = sorted({node.op_type if not node.domain else f"{node.domain}.{node.op_type}" for node in graph.node
+                      if node.op_type not in SUPPORTED or node.domain not in ("", "ai.onnx")})
+    if unknown:
+        raise TargetError(
+            f"Program '{program.name}' uses {'an operator' if len(unknown) == 1 else 'operators'} that no target "
+            f"compiles: {', '.join(unknown)}. Supported: {', '.join(sorted(SUPPORTED))}."
+        )
+    found = tuple(value.name for value in graph.output)
+    if found != program.tasks:
+        raise TargetError(f"Program '{program.name}' answers {found}, but its tasks are {program.tasks}.")
+    for tensor in (*signature(program), *answers(program)):
+        if not all(size > 0 for size in tensor.shape):
+            raise TargetError(
+                f"Tensor '{tensor.name}' of program '{program.name}' has no static shape: {tensor.shape}. "
+                "Export with example inputs of the size that will run."
+            )
+
+
+def _tensor(value: onnx.ValueInfoProto) -> Tensor:
+    kind = value.type.tensor_type
+    shape = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in kind.shape.dim)
+    return Tensor(name=value.name, shape=shape, dtype=str(helper.tensor_dtype_to_np_dtype(kind.elem_type)))
+
+
+def _with_tuple_output(module: tvm.IRModule, program: Program) -> tvm.IRModule:
+    """Make even a single answer a tuple of one, and refuse answers that nothing computes (they would alias inputs)."""
+    main = module["main"]
+    fields, computed = _answers_of(main)
+    for task, value in zip(program.tasks, fields, strict=True):
+        if not isinstance(value, relax.Var) or value not in computed:
+            raise TargetError(f"Task '{task}' of program '{program.name}' answers with an input or a constant.")
+    if not isinstance(main.ret_ty, relax.TupleType):
+        result = relax.Var("answers", relax.TupleType([main.ret_ty]))
+        block = main.body.blocks[-1]
+        bindings = [*block.bindings, relax.VarBinding(result, relax.Tuple([fields[0]]))]
+        body = relax.SeqExpr([*main.body.blocks[:-1], relax.DataflowBlock(bindings)], result)
+        module["main"] = relax.Function(main.params, body, relax.TupleType([main.ret_ty]), attrs=main.attrs)
+    return module
+
+
+def _answers_of(main: relax.Function) -> tuple[list[Any], set[Any]]:
+    bound = {binding.var: binding.value for block in main.body.blocks for binding in block.bindings}
+    value = main.body.body
+    while isinstance(bound.get(value), relax.Var):
+        value = bound[value]
+    whole = bound.get(value)
+    return list(whole.fields) if isinstance(whole, relax.Tuple) else [value], set(bound)
+
+
+class _Importer(ONNXGraphImporter):  # type: ignore[misc]
+    """TVM's importer with two operators said more directly, so that later passes recognise them."""
+
+    def _convert_operator(self, op_name: str, inputs: Any, attrs: dict[str, Any], opset: int) -> Any:
+        if op_name in _DIRECT:
+            direct = _DIRECT[op_name]([self._constant(value) for value in inputs], attrs)
+            if direct is not None:
+                return self.bb.normalize(direct)
+        return super()._convert_operator(op_name, inputs, attrs, opset)
+
+    def _constant(self, value: Any) -> Any:
+        return value.value.numpy() if isinstance(value, tvm.ir.GenericConst) else value
+
+
+def _clip(inputs: Sequence[Any], attrs: dict[str, Any]) -> Any:
+    """Clip with bounds known now; the importer's own emits a kernel for every bound."""
+    low, high = [*inputs[1:], None, None][:2]
+    low, high = attrs.get("min", low), attrs.get("max", high)
+    if any(not (bound is None or np.ndim(bound) == 0 and isinstance(bound, float | np.ndarray)) for bound in (low, high)):
+        return None
+    x = inputs[0]
+    if low is not None and not np.isnan(low):
+        x = relax.op.maximum(x, relax.const(float(low), x.ty.dtype.dtype))
+    if high is not None and not np.isnan(high):
+        x = relax.op.minimum(x, relax.const(float(high), "float32"))
+    return x
+
+
+def _pad(inputs: Sequence[Any], attrs: dict[str, Any]) -> Any:
+    """Padding with a constant, by widths known now, as an operator instead of an opaque kernel."""
+    if attrs.get("mode", b"constant") != b"constant" or len(inputs) < 2 or not isinstance(inputs[1], np.ndarray):
+        return None
+    x, widths, value, axes = [*inputs, None, None][:4]
+    if not all(part is None or isinstance(part, np.ndarray) for part in (value, axes)) or (widths < 0).any():
+        return None
+    rank = len(x.ty.shape)
+    before_after = np.zeros((rank, 2), np.int64)
+    before_after[range(rank) if axes is None else axes] = widths.reshape(2, -1).T
+    fill = 0.0 if value is None else float(value.item())
+    return relax.op.nn.pad(x, [int(width) for width in before_after.ravel()], "constant", fill)
+
+
+_DIRECT: dict[str, Callable[[Sequence[Any], dict[str, Any]], Any]] = {"Clip": _clip, "Pad": _pad}

@@ -1,0 +1,75 @@
+"""Run a compiled Relax module: inputs checked, exactly as many threads as asked for, answers by task."""
+
+import os
+
+import numpy as np
+import tvm
+from tvm.runtime.vm import VirtualMachine
+
+from targets.base import Array, Tensor
+from targets.errors import TargetError
+
+# Read by TVM when a thread first runs a parallel loop. Left alone, TVM counts half of the machine's cores (it takes them
+# for hyper-threads) and pins the threads it makes, and with them every other library's in this process.
+os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count() or 1))
+os.environ.setdefault("TVM_BIND_THREADS", "0")
+
+_configure = tvm.get_global_func("runtime.config_threadpool")
+_BIG_CORES = 1
+
+
+class VirtualMachineRunner:
+    """A Relax executable behind the `Runner` contract; one call at a time.
+
+    Args:
+        module: holds the executable, from a library or from memory.
+        device: where it runs.
+        inputs: what it takes, in order.
+        tasks: names of its answers, in order.
+        threads: all threads an inference uses, the caller's included.
+
+    Raises:
+        TargetError: more threads than this process can have.
+    """
+
+    def __init__(
+        self, module: tvm.runtime.Module, device: tvm.runtime.Device, inputs: tuple[Tensor, ...],
+        tasks: tuple[str, ...], threads: int,
+    ) -> None:
+        _configure(_BIG_CORES, max(threads, 1))
+        granted = tvm.runtime.num_threads()
+        if granted != threads:
+            raise TargetError(
+                f"Cannot run with {threads} threads: TVM grants {granted} here. "
+                f"Choose 1 to {os.environ['TVM_NUM_THREADS']}, or set TVM_NUM_THREADS before the process starts."
+            )
+        self.tasks = tasks
+        self._threads = threads
+        self._inputs = inputs
+        self._tensors = [tvm.runtime.empty(spec.shape, spec.dtype, device) for spec in inputs]
+        self._machine = VirtualMachine(module, device)
+        self._main = self._machine["main"]
+        self._on_host = device.dlpack_device_type() == tvm.cpu().dlpack_device_type()
+
+    def __call__(self, *inputs: Array) -> dict[str, Array]:
+        if len(inputs) != len(self._inputs):
+            raise TargetError(f"{len(inputs)} inputs given; the artifact takes {len(self._inputs)}: {self._expected()}.")
+        for tensor, spec, given in zip(self._tensors, self._inputs, inputs, strict=True):
+            if given.shape != spec.shape or given.dtype != spec.dtype:
+                raise TargetError(
+                    f"Input '{spec.name}' is {given.dtype} {given.shape}; the artifact takes {self._expected()}."
+                )
+            tensor.copyfrom(given)
+        _configure(_BIG_CORES, self._threads)
+        found = self._main(*self._tensors)
+        return {task: self._array(tensor) for task, tensor in zip(self.tasks, found, strict=True)}
+
+    def _array(self, tensor: tvm.runtime.Tensor) -> Array:
+        if not self._on_host:
+            return np.asarray(tensor.numpy())
+        view = np.from_dlpack(tensor)
+        view.flags.writeable = False
+        return view
+
+    def _expected(self) -> str:
+        return ", ".join(f"'{spec.name}' {spec.dtype} {spec.shape}" for spec in self._inputs)
