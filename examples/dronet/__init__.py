@@ -1,0 +1,1 @@
+"""PULP-DroNet v2: steering and collision for a nano-drone, two tasks in one fused layer."""

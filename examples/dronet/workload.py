@@ -1,0 +1,119 @@
+"""DroNet's two tasks on frames that carry a label for one of them each; weights and frames lie outside this project."""
+
+import zipfile
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
+from torchmetrics import MeanSquaredError, Metric
+from torchmetrics.classification import BinaryAccuracy
+
+from compressor.errors import CompressError
+from compressor.workload import Batch, Split, Task
+
+from .network import DroNetV2
+
+ARRAYS = {"steering": ("steer_frames", "steer"), "collision": ("collision_frames", "collision")}
+"""Frames (n, 200, 200) uint8 and labels (n,) float32 of each task in `train.npz` and `validate.npz`."""
+
+BLOCK, CALIBRATE_EVERY = 16, 6
+"""Frames are films: one block of 16 in 6 of `train.npz` is "calibrate", so that few neighbours are split."""
+
+
+class DroNet:
+    """Steering (radians, column 0) and collision (logit, column 1) of one fused output; read from the folder `root`.
+
+    Raises:
+        CompressError: `root` lacks `train.npz` or `validate.npz`, or what they hold is not what `ARRAYS` says.
+    """
+
+    tasks = (
+        Task("steering", output=0, channels=(0, 1), metric="rmse", higher_is_better=False),
+        Task("collision", output=0, channels=(1, 2), metric="accuracy", higher_is_better=True),
+    )
+    normalisation = "Grey frame, divided by 255. Answers: steering in radians; collision as a logit, sigmoid(0) = 0.5."
+
+    def __init__(self, root: str = "../shared/inputs/dronet", batch_size: int = 32) -> None:
+        self.root = Path(root)
+        self.batch_size = batch_size
+        missing = [name for name in ("train.npz", "validate.npz") if not (self.root / name).is_file()]
+        if missing:
+            raise CompressError(
+                f"DroNet's frames are not there: no {' and no '.join(missing)} in {self.root.resolve()}. "
+                "Set the workload's option 'root' to the folder that holds them."
+            )
+
+    def build(self) -> nn.Module:
+        return DroNetV2()
+
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        return (torch.rand(1, 1, 200, 200, generator=torch.Generator().manual_seed(0)),)
+
+    def batches(self, split: Split, seed: int) -> Iterator[Batch]:
+        """Batches of one task each; "train" shuffles frames and tasks, and drops each task's incomplete last batch."""
+        rows = {task: _rows(len(_load(self._file(split), task)[1]), split) for task in ARRAYS}
+        if split != "train":
+            plan = [(task, chosen) for task in ARRAYS for chosen in _cut(rows[task], self.batch_size)]
+        else:
+            rng = np.random.default_rng(seed)
+            plan = [
+                (task, chosen)
+                for task in ARRAYS
+                for chosen in _cut(rng.permutation(rows[task]), self.batch_size)
+                if len(chosen) == self.batch_size
+            ]
+            rng.shuffle(plan)
+        for task, chosen in plan:
+            frames, labels = _load(self._file(split), task)
+            frame = torch.from_numpy(frames[chosen]).unsqueeze(1).float() / 255
+            yield Batch((frame,), {task: torch.from_numpy(labels[chosen]).unsqueeze(1)})
+
+    def losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> Mapping[str, Tensor]:
+        """Mean squared error in radians, and binary cross entropy of the logit."""
+        judge = {"steering": mse_loss, "collision": binary_cross_entropy_with_logits}
+        return {task: judge[task](outputs[task], label) for task, label in batch.labels.items() if task in outputs}
+
+    def metrics(self) -> Mapping[str, Metric]:
+        return {"steering": MeanSquaredError(squared=False), "collision": LogitAccuracy()}
+
+    def _file(self, split: Split) -> Path:
+        return self.root / ("validate.npz" if split == "validate" else "train.npz")
+
+
+class LogitAccuracy(BinaryAccuracy):
+    """Accuracy at probability 0.5; the base class would take logits that happen to lie in [0, 1] for probabilities."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        super().update(preds.sigmoid(), target)
+
+
+def _rows(count: int, split: Split) -> NDArray[np.intp]:
+    rows = np.arange(count)
+    held_out = rows // BLOCK % CALIBRATE_EVERY == CALIBRATE_EVERY - 1
+    return {"train": rows[~held_out], "calibrate": rows[held_out], "validate": rows}[split]
+
+
+def _cut(rows: NDArray[np.intp], size: int) -> list[NDArray[np.intp]]:
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+@cache
+def _load(file: Path, task: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """A task's frames and labels, checked; kept in memory for the life of the process."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            frames, labels = (arrays[name] for name in ARRAYS[task])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        needed = " and ".join(ARRAYS[task])
+        raise CompressError(f"{file} cannot be read as DroNet's frames ({needed}): {error}.") from error
+    if frames.shape[1:] != (200, 200) or frames.dtype != np.uint8 or labels.shape != (len(frames),):
+        raise CompressError(
+            f"{file} holds {ARRAYS[task][0]} {frames.shape} {frames.dtype} and {ARRAYS[task][1]} {labels.shape}; "
+            "needed are (n, 200, 200) uint8 and (n,)."
+        )
+    return frames, labels.astype(np.float32)
