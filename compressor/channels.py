@@ -107,9 +107,11 @@ class _Analysis:
 
     def merge(self, left: Tensor, right: Tensor) -> None:
         """Merge id pairs element by element (same shape)."""
-        pairs = torch.stack([_distinct(left).reshape(-1), _distinct(right).reshape(-1)], 1) if (
-            left.shape == right.shape and left.stride() == right.stride()
-        ) else torch.stack([left.reshape(-1), right.reshape(-1)], 1)
+        pairs = (
+            torch.stack([_distinct(left).reshape(-1), _distinct(right).reshape(-1)], 1)
+            if (left.shape == right.shape and left.stride() == right.stride())
+            else torch.stack([left.reshape(-1), right.reshape(-1)], 1)
+        )
         parent = self.parent.tolist()
 
         def find(item: int) -> int:
@@ -429,8 +431,11 @@ def _name(node: fx.Node) -> str:
 
 
 def _is_traced(node: fx.Node) -> bool:
-    return all(isinstance(s.meta.get("val"), Tensor | list | tuple) for s in (node, *node.all_input_nodes)
-               if s.op != "get_attr")
+    return all(
+        isinstance(s.meta.get("val"), Tensor | list | tuple)
+        for s in (node, *node.all_input_nodes)
+        if s.op != "get_attr"
+    )
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:

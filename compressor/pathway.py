@@ -45,7 +45,9 @@ class Pathway:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor the pathway reads, by its name in the whole model."""
-        return {str(n.target): _tensor(self.network, str(n.target)) for n in self.network.graph.nodes if n.op == "get_attr"}
+        return {
+            str(n.target): _tensor(self.network, str(n.target)) for n in self.network.graph.nodes if n.op == "get_attr"
+        }
 
     def parameters(self, model: MultiTaskModel) -> int:
         """How many trained values are left (buffers such as batch-norm statistics not counted)."""
@@ -158,7 +160,9 @@ def _cut(whole: fx.GraphModule, channels: ChannelMap, need: Tensor) -> fx.GraphM
             left[node] = _rectangle(node, need[value])
             ids[node] = _take(value, left[node])
         if node.op == "get_attr":
-            tensors[str(node.target)] = _take_axes(_tensor(whole, str(node.target)), str(node.target), channels.axes, need)
+            tensors[str(node.target)] = _take_axes(
+                _tensor(whole, str(node.target)), str(node.target), channels.axes, need
+            )
             new[node] = graph.node_copy(node)
         elif node.op != "call_function" or not isinstance(value, Tensor):
             if isinstance(value, list | tuple) and _is_cut(node, value, left, need):
@@ -209,9 +213,9 @@ def _rewrite(
         parent = source.args[0]
         assert isinstance(parent, fx.Node)
         return _slice_of(graph, node, parent, new, left)
-    if name in ("slice", "narrow") and sizes != before or name == "slice" and source is not None and len(
-        left[source][_dim(node)]
-    ) != source.meta["val"].shape[_dim(node)]:
+    if (name in ("slice", "narrow") and sizes != before) or (
+        name == "slice" and source is not None and len(left[source][_dim(node)]) != source.meta["val"].shape[_dim(node)]
+    ):
         assert source is not None
         return _slice_of(graph, node, source, new, left)
     if name == "select" and source is not None:
@@ -232,7 +236,8 @@ def _rewrite(
         return copied
     if sizes == before and all(
         len(side) == size
-        for a in node.all_input_nodes if a in left
+        for a in node.all_input_nodes
+        if a in left
         for side, size in zip(left[a], a.meta["val"].shape, strict=True)
     ):
         return graph.node_copy(node, lambda old: new[old])
@@ -266,8 +271,23 @@ def _rewrite(
 
 
 _MOVING = frozenset(
-    "flatten permute transpose t index_select stack squeeze unsqueeze roll flip pixel_shuffle pixel_unshuffle "
-    "channel_shuffle movedim swapaxes".split()
+    [
+        "flatten",
+        "permute",
+        "transpose",
+        "t",
+        "index_select",
+        "stack",
+        "squeeze",
+        "unsqueeze",
+        "roll",
+        "flip",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "channel_shuffle",
+        "movedim",
+        "swapaxes",
+    ]
 )
 
 
@@ -343,7 +363,8 @@ def _difference(whole: fx.GraphModule, part: fx.GraphModule, inputs: tuple[Tenso
         for scale in (1.0, 0.3):
             tried = tuple(
                 x.double() * scale + 0.1 * scale * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-                if x.is_floating_point() else x
+                if x.is_floating_point()
+                else x
                 for x in inputs
             )
             for a, b in zip(left(*tried), right(*tried), strict=True):

@@ -38,7 +38,7 @@ def export(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
     try:
         with torch.no_grad():
             return torch.export.export(module, inputs, strict=False)
-    except Exception as error:  # noqa: BLE001 - torch.export raises whatever the user's forward raises
+    except Exception as error:
         first = str(error).strip().split("\n", 1)[0]
         raise CompressError(
             f"The network cannot be traced by torch.export ({type(error).__name__}: {first}). "
@@ -69,7 +69,7 @@ def flatten(program: ExportedProgram, prefix: str = "") -> fx.GraphModule:
 def prune_tensors(network: fx.GraphModule) -> fx.GraphModule:
     """Recompile a graph, keeping only the tensors that it still reads."""
     used = {str(node.target): _get(network, str(node.target)) for node in network.graph.nodes if node.op == "get_attr"}
-    return fx.GraphModule(used, network.graph)  # type: ignore[arg-type]
+    return fx.GraphModule(used, network.graph).eval()  # type: ignore[arg-type]
 
 
 def _get(module: nn.Module, name: str) -> Tensor:

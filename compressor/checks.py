@@ -1,0 +1,75 @@
+"""Check and measure an artifact that is all one has: its folder holds the ONNX it was built from."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from compressor.errors import CompressError
+from compressor.export import run, session
+from compressor.report.schema import Latency
+from compressor.verify import TOLERANCE, Compared, difference
+from profiles.measure import interleave, ratio
+from targets import artifact as artifacts
+from targets.base import Array, Artifact
+from targets.registry import target as find_target
+
+
+def verify_artifact(folder: Path, count: int, inputs: list[tuple[Array, ...]] | None = None) -> list[Compared]:
+    """Compare an artifact's answers with ONNX Runtime's of its own graph, on given or on `count` random inputs.
+
+    Raises:
+        TargetError: the folder does not match its manifest, or cannot run here.
+        CompressError: a task's answers differ.
+    """
+    built = artifacts.read(folder)
+    runner = find_target(built.manifest.target).load(built, threads=1)
+    trusted = session(_model(built))
+    found = []
+    tried = inputs or [_random(built, seed) for seed in range(count)]
+    pairs = [(run(trusted, x), runner(*x)) for x in tried]
+    for task in built.manifest.tasks:
+        error = max(difference(want[task], have[task]) for want, have in pairs)
+        scale = max(float(np.abs(want[task].astype(np.float64)).max(initial=0.0)) for want, _ in pairs)
+        accepted = TOLERANCE.get(str(pairs[0][0][task].dtype), 0.0) * max(scale, 1e-6)
+        if not error <= accepted:
+            raise CompressError(
+                f"Task '{task}' of '{folder}' differs from ONNX Runtime by {error:.2e} (tolerance {accepted:.2e})."
+            )
+        found.append(Compared("artifact", task, error, accepted))
+    return found
+
+
+def bench_artifact(folder: Path, threads: int, seconds: float, samples: int) -> dict[str, Any]:
+    """Latency of an artifact and of its own graph in ONNX Runtime, interleaved, on one random input."""
+    built = artifacts.read(folder)
+    inputs = _random(built, 0)
+    runner = find_target(built.manifest.target).load(built, threads)
+    peer = session(_model(built), threads)
+    seen = interleave(
+        {"artifact": lambda: runner(*inputs), "onnxruntime": lambda: run(peer, inputs)},
+        min_samples=samples,
+        max_seconds=seconds,
+    )
+    return {
+        "artifact": str(folder),
+        "threads": threads,
+        "engines": {name: Latency.of(m).model_dump() | {"samples_ms": m.samples_ms} for name, m in seen.items()},
+        "ratio": ratio(seen["artifact"], seen["onnxruntime"]).value,
+    }
+
+
+def _model(built: Artifact) -> onnx.ModelProto:
+    return onnx.load_model_from_string((built.directory / artifacts.MODEL).read_bytes())
+
+
+def _random(built: Artifact, seed: int) -> tuple[Array, ...]:
+    """Inputs of the manifest's shapes: uniform in [0, 1), or small whole numbers for integer inputs."""
+    chance = np.random.default_rng(seed)
+    return tuple(
+        chance.random(t.shape).astype(t.dtype)
+        if np.issubdtype(np.dtype(t.dtype), np.floating)
+        else chance.integers(0, 2, t.shape).astype(t.dtype)
+        for t in built.manifest.inputs
+    )

@@ -1,0 +1,103 @@
+"""A pathway as ONNX: exported, checked, simplified, and shown to answer the same after each step."""
+
+import logging
+import re
+import warnings
+
+import numpy as np
+import onnx
+import onnxruntime
+import onnxsim
+import torch
+from torch import Tensor
+
+from compressor.errors import CompressError
+from compressor.pathway import Pathway
+from targets.base import Program
+
+OPSET = 20
+
+
+def to_program(pathway: Pathway, inputs: tuple[Tensor, ...], normalisation: str = "") -> tuple[Program, Program]:
+    """(as exported, simplified by onnxsim) for static shapes of `inputs`; both pass ONNX's checker.
+
+    Inputs are named "input" ("input_0", "input_1", ... when there are several), outputs after their tasks.
+
+    Raises:
+        CompressError: the exporter lacks an operator, or the checker or onnxsim refuses the model.
+    """
+    model = _export(pathway, inputs)
+    try:
+        simplified, same = onnxsim.simplify(model, check_n=0)
+    except (RuntimeError, ValueError) as error:
+        raise CompressError(f"onnxsim cannot simplify the pathway of {pathway.name}: {error}") from error
+    if not same:
+        raise CompressError(f"onnxsim says that its own result for {pathway.name} differs from the model it was given.")
+    _check(simplified, pathway.name)
+    name = file_name(pathway.tasks)
+    return Program(name, model, pathway.tasks, normalisation), Program(name, simplified, pathway.tasks, normalisation)
+
+
+def file_name(tasks: tuple[str, ...]) -> str:
+    """A task set as a folder name: letters, digits, '-', '_' and '+' between tasks."""
+    return "+".join(re.sub(r"[^A-Za-z0-9_-]+", "-", task) for task in tasks)
+
+
+def session(model: onnx.ModelProto, threads: int = 1) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on the CPU with exactly `threads` threads and every optimisation on."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def run(loaded: onnxruntime.InferenceSession, inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+    """Answers by output name."""
+    names = [i.name for i in loaded.get_inputs()]
+    return dict(
+        zip(
+            (o.name for o in loaded.get_outputs()), loaded.run(None, dict(zip(names, inputs, strict=True))), strict=True
+        )
+    )
+
+
+def _export(pathway: Pathway, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    names = ["input"] if len(inputs) == 1 else [f"input_{k}" for k in range(len(inputs))]
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's own deprecations, nothing a user can act on
+            exported = torch.onnx.export(
+                pathway.network,
+                inputs,
+                dynamo=True,
+                verbose=False,
+                optimize=True,
+                opset_version=OPSET,
+                input_names=names,
+                output_names=list(pathway.tasks),
+                external_data=False,
+            )
+    except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+        reason = str(error.__cause__ or error).strip().split("\n", 1)[0]
+        raise CompressError(f"The pathway of {pathway.name} cannot be exported to ONNX: {reason}") from error
+    assert exported is not None
+    model: onnx.ModelProto = exported.model_proto
+    del model.metadata_props[:]
+    model.doc_string = ""
+    for node in model.graph.node:  # stack traces of the machine that exported it
+        node.doc_string = ""
+        del node.metadata_props[:]
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
+        del value.metadata_props[:]
+    del model.graph.metadata_props[:]
+    _check(model, pathway.name)
+    return model
+
+
+def _check(model: onnx.ModelProto, name: str) -> None:
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise CompressError(f"ONNX's checker refuses the pathway of {name}: {error}") from error

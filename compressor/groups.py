@@ -1,0 +1,103 @@
+"""Channel groups that can be pruned, and what each channel costs: read from the channel analysis of a model."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressor.channels import FIXED, Axis, ChannelMap, analyse
+from compressor.model import MultiTaskModel
+from compressor.trace import trace
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Channels that the same layers write: they compete with each other and share one width.
+
+    Attributes:
+        name: the first layer that writes them.
+        classes: one class of the channel analysis for each channel.
+    """
+
+    name: str
+    classes: Tensor
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+
+@dataclass(frozen=True, slots=True)
+class Prunable:
+    """A model's groups and the cost of keeping any subset of its channels."""
+
+    channels: ChannelMap
+    groups: tuple[Group, ...]
+    sizes: Mapping[str, tuple[int, ...]]
+    trained: frozenset[str]
+
+    @classmethod
+    def of(cls, model: MultiTaskModel) -> "Prunable":
+        network = trace(model)
+        state = model.module.state_dict()
+        channels = analyse(network, state)
+        trained = frozenset(name for name, _ in model.module.named_parameters())
+        sizes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        return cls(channels, _groups(channels), sizes, trained)
+
+    @property
+    def class_count(self) -> int:
+        return 1 + max((int(ids.max()) for ids in self.channels.axes.values() if len(ids)), default=0)
+
+    def reads(self) -> list[Axis]:
+        """Axes of weights that read channels: zero there, and the channel is gone."""
+        return list(dict.fromkeys(c.reads for c in self.channels.contractions if c.reads is not None))
+
+    def keep_all(self) -> Tensor:
+        return torch.ones(self.class_count, dtype=torch.bool)
+
+    def kept(self, keep: Tensor) -> dict[Axis, Tensor]:
+        """What MultiTaskModel.cut takes, for a bool by class."""
+        return {axis: keep[ids].nonzero().flatten() for axis, ids in self.channels.axes.items() if not keep[ids].all()}
+
+    def cost(self, keep: Tensor) -> tuple[int, int]:
+        """(multiply-adds, parameters) when only some classes are kept."""
+        left = {axis: int(keep[ids].sum()) for axis, ids in self.channels.axes.items()}
+        macs = sum(
+            c.macs_per_pair * left.get(c.writes, 0) * (left.get(c.reads, 0) if c.reads is not None else 1)
+            for c in self.channels.contractions
+        )
+        return macs, self._parameters(left)
+
+    def _parameters(self, left: Mapping[Axis, int]) -> int:
+        total = 0
+        for name in self.trained:
+            size = 1
+            for dim, full in enumerate(self.sizes[name]):
+                size *= left.get(Axis(name, dim), full)
+            total += size
+        return total
+
+
+def _groups(channels: ChannelMap) -> tuple[Group, ...]:
+    """Classes by the set of layers that write them, in graph order; what is FIXED is in no group."""
+    writers: dict[int, list[Axis]] = {}
+    for axis in dict.fromkeys(c.writes for c in channels.contractions):
+        for identity in torch.unique(channels.axes[axis]).tolist():
+            if identity != FIXED:
+                writers.setdefault(identity, []).append(axis)
+    by_layers: dict[tuple[Axis, ...], list[int]] = {}
+    for identity in _in_order(channels, writers):
+        by_layers.setdefault(tuple(writers[identity]), []).append(identity)
+    return tuple(
+        Group(axes[0].tensor.removesuffix(".weight"), torch.tensor(classes)) for axes, classes in by_layers.items()
+    )
+
+
+def _in_order(channels: ChannelMap, wanted: Iterable[int]) -> list[int]:
+    """Classes in the order the graph first writes them."""
+    seen: dict[int, None] = {}
+    for contraction in channels.contractions:
+        seen.update(dict.fromkeys(channels.axes[contraction.writes].tolist()))
+    wanted = set(wanted)
+    return [identity for identity in seen if identity in wanted]
