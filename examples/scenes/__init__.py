@@ -1,0 +1,1 @@
+"""Three tasks on a procedural room: segmentation, depth and surface normals."""

@@ -1,0 +1,121 @@
+"""DroNet's workload: refusals on made-up files, and the published figures where the real ones are there."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compressor.errors import CompressError
+from compressor.workload import Batch, Workload
+from examples.dronet.workload import DroNet, LogitAccuracy
+
+INPUTS = Path("../shared/inputs/dronet")
+needs_inputs = pytest.mark.skipif(
+    not INPUTS.is_dir(), reason=f"no {INPUTS}: the published weights and frames are not here"
+)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A tiny data set whose frames say their number in the first pixels."""
+    rng = np.random.default_rng(0)
+    for name, steering, collision in (("train", 230, 200), ("validate", 20, 10)):
+        frames = [np.zeros((count, 200, 200), np.uint8) for count in (steering, collision)]
+        for array in frames:
+            array[:, 0, 0] = np.arange(len(array))
+        np.savez(
+            tmp_path / f"{name}.npz",
+            steer_frames=frames[0],
+            steer=rng.normal(size=steering).astype(np.float32),
+            collision_frames=frames[1],
+            collision=(rng.random(collision) < 0.5).astype(np.float32),
+        )
+    return tmp_path
+
+
+def numbers(workload: DroNet, split: str, seed: int = 0) -> list[tuple[str, list[int]]]:
+    """Each batch's task and frame numbers."""
+    found = []
+    for batch in workload.batches(split, seed):  # type: ignore[arg-type]
+        (task,) = batch.labels
+        found.append((task, (batch.inputs[0][:, 0, 0, 0] * 255).round().int().tolist()))
+    return found
+
+
+def test_a_missing_folder_is_refused_by_the_option_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(
+        CompressError, match=r"no train\.npz and no validate\.npz in .* Set the workload's option 'root'"
+    ):
+        DroNet(root=str(tmp_path / "nowhere"))
+
+
+def test_a_pickle_in_the_frames_is_not_run(root: Path) -> None:
+    np.savez(root / "validate.npz", steer_frames=np.array([{}], object), steer=np.zeros(1, np.float32))
+    with pytest.raises(CompressError, match=r"validate\.npz cannot be read as DroNet's frames"):
+        next(iter(DroNet(str(root)).batches("validate", 0)))
+
+
+def test_frames_of_another_size_are_refused(root: Path) -> None:
+    np.savez(root / "validate.npz", steer_frames=np.zeros((2, 96, 96), np.uint8), steer=np.zeros(2, np.float32))
+    with pytest.raises(CompressError, match=r"steer_frames \(2, 96, 96\) uint8 .* needed are \(n, 200, 200\)"):
+        next(iter(DroNet(str(root)).batches("validate", 0)))
+
+
+def test_train_and_calibrate_share_no_frame_and_leave_none_out(root: Path) -> None:
+    workload = DroNet(str(root), batch_size=1)
+    train, calibrate = numbers(workload, "train"), numbers(workload, "calibrate")
+    for task, count in (("steering", 230), ("collision", 200)):
+        of_train = [n for name, (n,) in train if name == task]
+        of_calibrate = [n for name, (n,) in calibrate if name == task]
+        assert sorted(of_train + of_calibrate) == list(range(count))
+        assert 0.05 < len(of_calibrate) / count < 0.3
+
+
+def test_training_batches_mix_the_tasks_and_follow_from_the_seed(root: Path) -> None:
+    workload = DroNet(str(root), batch_size=8)
+    first = numbers(workload, "train", 1)
+    assert first == numbers(workload, "train", 1) != numbers(workload, "train", 2)
+    assert {len(chosen) for _, chosen in first} == {8}
+    tasks = [task for task, _ in first]
+    assert tasks != sorted(tasks, reverse=True)
+    assert numbers(workload, "validate", 1) == numbers(workload, "validate", 2)
+
+
+def test_the_workload_keeps_the_protocol(root: Path) -> None:
+    workload = DroNet(str(root))
+    assert isinstance(workload, Workload)
+    net = workload.build().eval()
+    outputs = net(*workload.example_inputs())
+    assert outputs.shape == (1, 2)
+    batch = next(iter(workload.batches("validate", 0)))
+    answer = net(*batch.inputs).detach()
+    answers = {task.name: answer[:, slice(*task.channels)] for task in workload.tasks if task.channels}
+    losses = workload.losses(answers, batch)
+    assert list(losses) == ["steering"]
+    assert losses["steering"] == pytest.approx(float((answer[:, :1] - batch.labels["steering"]).square().mean()))
+    assert list(workload.losses(answers, Batch(batch.inputs, {"collision": torch.ones(20, 1)}))) == ["collision"]
+
+
+def test_accuracy_takes_logits_for_logits_even_between_0_and_1() -> None:
+    metric = LogitAccuracy()
+    metric.update(torch.tensor([[0.2], [0.3], [-0.1]]), torch.tensor([[1.0], [0.0], [0.0]]))
+    assert float(metric.compute()) == pytest.approx(2 / 3)
+
+
+@needs_inputs
+def test_the_published_network_has_the_published_figures() -> None:
+    workload = DroNet(str(INPUTS))
+    net = workload.build().eval()
+    net.load_state_dict(load_file(INPUTS / "dronet.safetensors"), strict=True)
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(321_000, rel=0.01)
+    metrics = workload.metrics()
+    with torch.inference_mode():
+        for batch in workload.batches("validate", 0):
+            answer = net(*batch.inputs)
+            for task in workload.tasks:
+                if task.name in batch.labels and task.channels:
+                    metrics[task.name].update(answer[:, slice(*task.channels)], batch.labels[task.name])
+    assert float(metrics["steering"].compute()) == pytest.approx(0.1368, abs=2e-4)
+    assert float(metrics["collision"].compute()) == pytest.approx(0.979, abs=1e-3)
