@@ -14,7 +14,7 @@ from targets.errors import TargetError
 from targets.kind import require_kind
 from targets.link import link, link_command, linker
 from targets.lower import answers, lower, signature
-from targets.passes import FINISH, cpu_pipeline
+from targets.passes import FINISH, cpu_passes
 from targets.runner import VirtualMachineRunner
 
 
@@ -34,7 +34,7 @@ class CpuTarget:
         require_kind(self.name, self.kind, device)
         target = tvm.target.Target(dict(device.target))
         with target:
-            module = cpu_pipeline(device)(lower(program))
+            module = cpu_passes(lower(program), device)
         return BuildPlan(
             target=self.name,
             device=device,

@@ -4,12 +4,25 @@ import tvm
 from tvm import relax
 
 from profiles.device import Device
+from targets.passes.blocked import blocked
+from targets.passes.fold import fold
+from targets.passes.schedule import schedule
 
 
-def cpu_pipeline(device: Device) -> tvm.transform.Pass:
-    """Relax to scheduled kernels for a CPU."""
-    del device
-    return tvm.transform.Sequential([relax.transform.LegalizeOps()])
+def cpu_passes(module: tvm.IRModule, device: Device) -> tvm.IRModule:
+    """Relax as imported to scheduled kernels for a CPU; call it within the device's TVM target."""
+    module = fold(module)  # batch norms and moved constants, so that only real weights are left to pack
+    module = blocked(module, device)  # channels in blocks of vector lanes, weights packed; conversions where needed
+    for step in (
+        relax.transform.FoldConstant(),  # what is left of constant arithmetic
+        relax.transform.LegalizeOps(),  # every other operator becomes a kernel
+        relax.transform.AnnotateTIROpPattern(),  # what may be fused with what
+        relax.transform.FuseOps(),  # bias, residual sum and activation join the kernel before them
+        relax.transform.FuseTIR(),  # each group becomes one function
+        relax.transform.DeadCodeElimination(),
+    ):
+        module = step(module)
+    return schedule(module, device)
 
 
-FINISH = relax.get_pipeline("default_build")
+FINISH = relax.get_pipeline("default_build")  # static memory planning and calls; kernels are left as they are

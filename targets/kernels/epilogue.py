@@ -1,0 +1,36 @@
+"""What follows a kernel's main computation in its function: bias, activation, residual sum, the crop of a tile's waste."""
+
+from typing import Any
+
+from tvm import s_tir
+
+
+def gather_epilogue(s: s_tir.Schedule, anchor: Any, scope: str = "local") -> Any:
+    """Inline all that follows the anchor into the function's last block and return that; make a copy where none is.
+
+    The anchor's own result then lives in `scope`: "local" for registers.
+    """
+    if not s.get_consumers(anchor):
+        return s.cache_write(anchor, 0, scope)
+    following = s.get_consumers(anchor)
+    while inner := [block for block in following if s.get_consumers(block)]:
+        s.compute_inline(inner[0])
+        following = s.get_consumers(anchor)
+    s.set_scope(anchor, 0, scope)
+    return following[0]
+
+
+def pull_padding(s: s_tir.Schedule, anchor: Any, loop: Any) -> None:
+    """Compute the anchor's padded input inside `loop`, as much of it as one turn reads; blocked input lane-wise."""
+    for pad in s.get_producers(anchor):
+        s.compute_at(pad, loop)
+        if len(s.get(pad).iter_vars) == 5:
+            s.vectorize(s.get_loops(pad)[-1])
+
+
+def store_by_vectors(s: s_tir.Schedule, final: Any, unrolled: int) -> None:
+    """Vectorise the last loop of the storing block and unroll as many before it."""
+    *outer, lane = s.get_loops(final)
+    s.vectorize(lane)
+    for loop in outer[-unrolled:]:
+        s.unroll(loop)

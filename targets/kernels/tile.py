@@ -1,0 +1,72 @@
+"""The cost rule that picks a convolution's register tile and its share of work per thread."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+
+from profiles.device import Device
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Output values kept in registers: `blocks` channel blocks by `rows` by `columns`, each a vector of lanes.
+
+    `chunk` is how many tiles of rows one parallel task computes.
+    """
+
+    blocks: int
+    rows: int
+    columns: int
+    chunk: int = 1
+
+    def padded(self, height: int, width: int) -> tuple[int, int]:
+        """Output size rounded up to whole tiles; what is beyond the real output is computed and never stored."""
+        return ceil(height / self.rows) * self.rows, ceil(width / self.columns) * self.columns
+
+
+def convolution_tile(device: Device, blocks: int, height: int, width: int, most_blocks: int = 4) -> Tile:
+    """The tile with the fewest estimated cycles for `blocks` output channel blocks of height x width.
+
+    Two fused multiply-adds start each cycle and take four, so eight accumulators must be in flight; each step loads
+    `blocks` weight vectors and one input value for each pixel, two loads a cycle. Pixels beyond the output are waste.
+    Among equals the tile with more pixels wins: it reads each weight less often.
+    """
+
+    def cost(tile: Tile) -> tuple[float, int]:
+        products = tile.blocks * tile.rows * tile.columns
+        loads = tile.blocks + tile.rows * tile.columns
+        step = max(products / 2, loads / 2, 4.0) + 0.1 * tile.blocks
+        rows, columns = tile.padded(height, width)
+        return step * (rows * columns / (tile.rows * tile.columns)) * (blocks / tile.blocks), -tile.rows * tile.columns
+
+    return min(_tiles(device, blocks, height, width, most_blocks), key=cost)
+
+
+def with_chunk(tile: Tile, device: Device, height: int, images: int) -> Tile:
+    """The same tile with the most rows per parallel task that still leaves every core three tasks, if it can be."""
+    row_tiles = ceil(height / tile.rows)
+    fits = [size for size in _divisors(row_tiles) if images * (row_tiles // size) >= 3 * device.cores]
+    return Tile(tile.blocks, tile.rows, tile.columns, max(fits, default=1))
+
+
+def sliding_tile(device: Device, height: int, width: int, planes: int) -> Tile:
+    """Columns of a channel-wise kernel: the least waste beyond its width, up to half the registers, then the most.
+
+    The chunk is the most rows a task that leaves every core three tasks.
+    """
+    columns = min(range(1, min(width, device.vector_registers // 2) + 1),
+                  key=lambda size: (ceil(width / size) * max(size, 4), -size))
+    fits = [size for size in _divisors(height) if planes * (height // size) >= 3 * device.cores]
+    return Tile(1, 1, columns, max(fits, default=1))
+
+
+def _tiles(device: Device, blocks: int, height: int, width: int, most_blocks: int) -> Iterator[Tile]:
+    for group in (size for size in _divisors(blocks) if size <= most_blocks):
+        for rows in range(1, min(height, 4) + 1):
+            for columns in range(1, width + 1):
+                if group * rows * columns + group + 1 <= device.vector_registers:
+                    yield Tile(group, rows, columns)
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]

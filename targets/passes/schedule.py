@@ -1,0 +1,43 @@
+"""Give every kernel its schedule: the template its anchor names, or the general one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import tvm
+from tvm import s_tir, tirx
+
+from profiles.device import Device
+from targets.kernels.convolution import schedule_convolution
+from targets.kernels.dense import schedule_dense, schedule_narrow_dense
+from targets.kernels.other import schedule_other
+from targets.kernels.sliding import schedule_sliding
+
+_TEMPLATES: dict[str, Callable[[s_tir.Schedule, Any], None]] = {
+    "convolution": schedule_convolution,
+    "sliding": schedule_sliding,
+    "dense": schedule_dense,
+    "narrow_dense": schedule_narrow_dense,
+}
+
+
+def schedule(module: tvm.IRModule, device: Device) -> tvm.IRModule:
+    """No function keeps TVM's serial scalar loops."""
+    scheduled = {}
+    for name, function in module.functions.items():
+        if isinstance(function, tirx.PrimFunc):
+            s = s_tir.Schedule(function)
+            _schedule(s, device)
+            scheduled[name] = s.mod["main"].with_attr("tirx.is_scheduled", True)
+    module = module.clone()
+    for name, function in scheduled.items():
+        module.update_func(name, function.without_attr("global_symbol"))
+    return module
+
+
+def _schedule(s: s_tir.Schedule, device: Device) -> None:
+    for block in s.get_child_blocks(s.get_sblock("root")):
+        kernel = s.get(block).annotations.get("kernel")
+        if kernel is not None:
+            _TEMPLATES[str(kernel)](s, block)
+            return
+    schedule_other(s, device)
