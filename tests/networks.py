@@ -1,11 +1,13 @@
 """Small networks the target tests compile, and the one way they become a `Program`."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxsim
 import torch
+from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from profiles.device import Device
@@ -47,11 +49,13 @@ def to_program(module: nn.Module, inputs: tuple[Tensor, ...], tasks: tuple[str, 
 
 
 def answers(program: Program, *inputs: Array) -> dict[str, Array]:
-    """What ONNX Runtime says, one thread."""
+    """What ONNX Runtime says without its optimiser, which answers wrongly where a Pad precedes a MaxPool (1.31)."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(program.model.SerializeToString(), options, ["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
     outputs = session.run(list(program.tasks), dict(zip(names, inputs, strict=True)))
@@ -163,3 +167,66 @@ def settle(module: nn.Module, seed: int = 0) -> nn.Module:
             part.weight.data.copy_(torch.rand(part.num_features, generator=generator) + 0.5)
             part.bias.data.copy_(torch.randn(part.num_features, generator=generator) * 0.1)
     return module.eval()
+
+
+class MobileBlock(nn.Module):
+    """Depthwise 3x3 then 1x1, with a sum around both where shapes allow, as small face networks use."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int = 1) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels_in, channels_in, 3, stride, 1, groups=channels_in, bias=False)
+        self.pointwise = nn.Conv2d(channels_in, channels_out, 1, bias=False)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(channels_in), nn.BatchNorm2d(channels_out)])
+        self.sums = stride == 1 and channels_in == channels_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.relu6(self.norms[0](self.depthwise(x)))
+        y = self.norms[1](self.pointwise(y))
+        return x + y if self.sums else y
+
+
+class Mobile(nn.Module):
+    """Two answers from a depthwise-separable backbone; max-pool with asymmetric padding, 7x7 average, softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, 2)
+        self.blocks = nn.Sequential(
+            MobileBlock(32, 64), MobileBlock(64, 64), MobileBlock(64, 96, 2), MobileBlock(96, 96),
+        )
+        self.last = nn.Sequential(MobileBlock(96, 128, 2), MobileBlock(128, 128))
+        self.age, self.gender = nn.Conv2d(128, 1, 1), nn.Conv2d(128, 2, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = nn.functional.pad((x - 0.5) / 0.25, (0, 1, 0, 1))
+        x = self.blocks(torch.relu(self.stem(x)))
+        x = nn.functional.max_pool2d(nn.functional.pad(x, (0, 1, 0, 1), value=float("-inf")), 3, 2)
+        x = nn.functional.avg_pool2d(self.last(x), 7)
+        return self.age(x).flatten(1), torch.softmax(self.gender(x).flatten(1), 1)
+
+
+def node_program(
+    nodes: list[onnx.NodeProto], inputs: dict[str, tuple[int, ...]], outputs: dict[str, tuple[int, ...]],
+    weights: dict[str, Array] | None = None, name: str = "graph",
+) -> Program:
+    """A program straight from ONNX nodes; its tasks are the outputs."""
+    def value(label: str, shape: tuple[int, ...]) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(label, onnx.TensorProto.FLOAT, shape)
+
+    graph = helper.make_graph(
+        nodes, name, [value(*item) for item in inputs.items()], [value(*item) for item in outputs.items()],
+        [numpy_helper.from_array(array, label) for label, array in (weights or {}).items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    return Program(name=name, model=model, tasks=tuple(outputs))
+
+
+def run_built(program: Program, device: Device, *inputs: Array, threads: int = 2) -> dict[str, Array]:
+    """Plan, build, load and run once."""
+    from targets.cpu import CpuTarget
+
+    target = CpuTarget()
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = target.build(target.plan(program, device), Path(folder) / "artifact", {}, {})
+        return target.load(artifact, threads)(*inputs)
