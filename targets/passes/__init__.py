@@ -6,6 +6,7 @@ from tvm import relax
 from profiles.device import Device
 from targets.passes.blocked import blocked
 from targets.passes.fold import fold
+from targets.passes.pattern import correct_patterns
 from targets.passes.schedule import schedule
 
 
@@ -16,7 +17,8 @@ def cpu_passes(module: tvm.IRModule, device: Device) -> tvm.IRModule:
     for step in (
         relax.transform.FoldConstant(),  # what is left of constant arithmetic
         relax.transform.LegalizeOps(),  # every other operator becomes a kernel
-        relax.transform.AnnotateTIROpPattern(),  # what may be fused with what
+        relax.transform.AnnotateTIROpPattern(),  # what may be fused with what,
+        correct_patterns,  # where TVM does not take a change of shape for an element-wise operator
         relax.transform.FuseOps(),  # bias, residual sum and activation join the kernel before them
         relax.transform.FuseTIR(),  # each group becomes one function
         relax.transform.DeadCodeElimination(),

@@ -21,6 +21,7 @@ from targets.kernels.dense import dense, narrow_dense
 from targets.kernels.layout import block, unblock
 from targets.kernels.resize import resize, taps
 from targets.kernels.sliding import depthwise, max_pool, sum_pool, window_counts
+from targets.kernels.transposed import Phases, interleave, phase_weights, phase_window
 from targets.kernels.window import Window
 from targets.passes.channels import Channels, pack_convolution, whole_groups
 from targets.passes.walk import Walk, array_of, ints, operator, rewrite, shape_of
@@ -57,6 +58,7 @@ class _Blocker(Walk):
         self._blocked: dict[Any, Blocked] = {}
         self._rules: dict[str, Callable[[Any], Any]] = {
             "relax.nn.conv2d": self._convolution,
+            "relax.nn.conv2d_transpose": self._transposed_convolution,
             "relax.nn.max_pool2d": self._max_pool,
             "relax.nn.avg_pool2d": self._average_pool,
             "relax.mean": self._global_mean,
@@ -137,6 +139,25 @@ class _Blocker(Walk):
         per_group = inputs if groups == 1 else Channels((weights.shape[1],), self._lanes)
         packed = relax.const(pack_convolution(weights, per_group, outputs))
         return Blocked(self._kernel(convolution, x, packed, anchors=True, **settings), outputs)
+
+    def _transposed_convolution(self, call: Any) -> Blocked | None:
+        weights, attrs, given = array_of(call.args[1]), call.attrs, self._block(call.args[0])
+        if weights is None or given is None or attrs.kernel_layout != "IOHW" or set(ints(attrs.dilation)) != {1}:
+            return None
+        rows, columns = (
+            Phases(weights.shape[2 + axis], ints(attrs.strides)[axis], ints(attrs.padding)[axis], shape_of(call)[2 + axis])
+            for axis in (0, 1)
+        )
+        if rows.padding >= rows.kernel or columns.padding >= columns.kernel:
+            return None
+        outputs = Channels((shape_of(call)[1],), self._lanes)
+        phases = Channels(outputs.segments * (rows.stride * columns.stride), self._lanes)
+        packed = pack_convolution(phase_weights(weights, int(attrs.groups), rows, columns), given.channels, phases)
+        made = self._kernel(
+            convolution, given.value, relax.const(packed), anchors=True, window=phase_window(rows, columns),
+            height=rows.count, width=columns.count, device=self._device,
+        )
+        return Blocked(self._kernel(interleave, made, rows=rows, columns=columns), outputs)
 
     def _max_pool(self, call: Any) -> Blocked | None:
         given, window = self._blocked.get(call.args[0]), _pool_window(call)
