@@ -5,7 +5,8 @@ On two cores it takes about 20 minutes where the processor multiplies bfloat16 a
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
+from compressor.errors import CompressError
 from compressor.workload import Batch
 
 from .workload import Scenes
@@ -27,7 +29,7 @@ WEIGHTS = {"segmentation": 1.0, "depth": 3.0, "normals": 1.0}
 
 def main(
     out: Annotated[Path, typer.Option(help="Where the weights go.")] = OUT,
-    steps: Annotated[int, typer.Option(help="Batches of 32.")] = 8000,
+    steps: Annotated[int, typer.Option(help="Batches of 32.")] = 6000,
     train_scenes: int = 16000,
     seed: int = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -41,8 +43,9 @@ def main(
     optimiser = AdamW(net.parameters(), lr=1e-3, weight_decay=1e-2)
     schedule = OneCycleLR(optimiser, max_lr=4e-3, total_steps=steps, pct_start=0.15)
     state = {"net": net, "optimiser": optimiser, "schedule": schedule}
+    settings = {"steps": steps, "train_scenes": train_scenes, "seed": seed, "bf16": bf16}
     snapshot = out.with_suffix(".snapshot.pt")
-    done = _resume(snapshot, state, device)
+    done = _resume(snapshot, settings, state, device)
     started, seen = time.perf_counter(), []
     for step, batch in enumerate(islice(_epochs(workload, seed), done, steps), done + 1):
         losses = task_losses(workload, net, batch, device, bf16)
@@ -52,13 +55,14 @@ def main(
         schedule.step()
         seen.append([losses[name].item() for name in WEIGHTS])
         if step % every == 0 or step == steps:
-            _write(snapshot, lambda path, step=step: torch.save(_snapshot(state, step), path))
+            parts = {name: part.state_dict() for name, part in state.items()}
+            _write(snapshot, partial(torch.save, {"step": step, "settings": settings, **parts}))
             pace = (step - done) * workload.batch_size / (time.perf_counter() - started)
             means = zip(WEIGHTS, torch.tensor(seen).mean(0).tolist(), strict=True)
             text = ", ".join(f"{name} {mean:.4f}" for name, mean in means)
             print(f"step {step}/{steps}: {text}; {pace:.0f} images/s", flush=True)
             seen.clear()
-    _write(out, lambda path: save_file({k: v.contiguous() for k, v in net.cpu().state_dict().items()}, path))
+    _write(out, partial(save_file, {name: value.contiguous() for name, value in net.cpu().state_dict().items()}))
     snapshot.unlink()
     for name, value in evaluate(workload, net).items():
         print(f"{name}: {value:.4f}")
@@ -81,33 +85,32 @@ def _epochs(workload: Scenes, seed: int) -> Iterator[Batch]:
         yield from workload.batches("train", seed * 1000 + epoch)
 
 
-def task_losses(workload: Scenes, net: nn.Module, batch: Batch, device: str, bf16: bool) -> dict[str, torch.Tensor]:
+def task_losses(workload: Scenes, net: nn.Module, batch: Batch, device: str, bf16: bool) -> Mapping[str, torch.Tensor]:
+    """Each task's loss, in float32 whatever the network computes in."""
     image = batch.inputs[0].to(device, memory_format=torch.channels_last)
     with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
         outputs = net(image)
     labels = {name: label.to(device) for name, label in batch.labels.items()}
-    return dict(workload.losses(outputs, Batch((image,), labels)))
+    return workload.losses(outputs, Batch((image,), labels))
 
 
-def _resume(snapshot: Path, state: dict[str, Any], device: str) -> int:
+def _resume(snapshot: Path, settings: dict[str, Any], state: dict[str, Any], device: str) -> int:
     if not snapshot.exists():
         return 0
     saved = torch.load(snapshot, map_location=device, weights_only=True)
+    if saved["settings"] != settings:
+        raise CompressError(f"{snapshot} is of a run with {saved['settings']}. Go on with these, or delete it.")
     for name, part in state.items():
         part.load_state_dict(saved[name])
     print(f"going on from step {saved['step']} of {snapshot}")
     return int(saved["step"])
 
 
-def _snapshot(state: dict[str, Any], step: int) -> dict[str, Any]:
-    return {"step": step} | {name: part.state_dict() for name, part in state.items()}
-
-
-def _write(path: Path, save: Any) -> None:
+def _write(path: Path, save: Callable[[Path], None]) -> None:
     """Write beside the file and rename, so that a file of that name is always whole."""
-    partial = path.with_name(path.name + ".partial")
-    save(partial)
-    partial.replace(path)
+    beside = path.with_name(path.name + ".partial")
+    save(beside)
+    beside.replace(path)
 
 
 if __name__ == "__main__":
