@@ -50,7 +50,7 @@ def schedule_convolution(s: s_tir.Schedule, anchor: Any) -> None:
     # Channel blocks innermost: an input value is broadcast once, used for every block, and its register is free again.
     s.reorder(n, h, o, hc, w, i, kh, kw, il, hi, wi, oi, ol)
     task = s.fuse(n, h)
-    s.reverse_compute_at(final, w)
+    s.reverse_compute_at(final, w, preserve_unit_loops=True)
     pull_padding(s, anchor, task)
     s.parallel(task)  # before decompose_reduction, which would be refused after
     for loop in (hi, wi, oi):

@@ -57,7 +57,7 @@ def schedule_dense(s: s_tir.Schedule, anchor: Any) -> None:
     o, oi = s.split(o, [None, tile.blocks])
     s.reorder(o, r, k, ri, oi, lane)
     copy = s.cache_write(anchor, 0, "local")
-    s.reverse_compute_at(copy, r)
+    s.reverse_compute_at(copy, r, preserve_unit_loops=True)
     s.parallel(s.fuse(o, r))
     s.unroll(ri)
     s.unroll(oi)
@@ -72,9 +72,9 @@ def schedule_narrow_dense(s: s_tir.Schedule, anchor: Any) -> None:
     across = s.get_consumers(anchor)[0]
     gather_epilogue(s, across, "global")
     row = s.get_loops(across)[0]
-    s.compute_at(anchor, row)
+    s.compute_at(anchor, row, preserve_unit_loops=True)
     s.set_scope(anchor, 0, "local")
-    _, o, lane, k = s.get_loops(anchor)
+    *_, o, lane, k = s.get_loops(anchor)
     s.reorder(k, o, lane)
     s.parallel(row)
     s.unroll(o)

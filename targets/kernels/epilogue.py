@@ -23,7 +23,7 @@ def gather_epilogue(s: s_tir.Schedule, anchor: Any, scope: str = "local") -> Any
 def pull_padding(s: s_tir.Schedule, anchor: Any, loop: Any) -> None:
     """Compute the anchor's padded input inside `loop`, as much of it as one turn reads; blocked input lane-wise."""
     for pad in s.get_producers(anchor):
-        s.compute_at(pad, loop)
+        s.compute_at(pad, loop, preserve_unit_loops=True)
         if len(s.get(pad).iter_vars) == 5:
             s.vectorize(s.get_loops(pad)[-1])
 

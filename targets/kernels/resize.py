@@ -17,12 +17,14 @@ class Taps:
     weight: Array
 
 
-def taps(given: int, outputs: int, method: str, transform: str, rounding: str, cubic: float) -> Taps | None:
-    """One axis of ONNX's Resize, sizes fixed and scale = outputs / given; None for what is not tabled here.
+def taps(
+    given: int, outputs: int, method: str, transform: str, rounding: str, cubic: float, scale: float | None = None
+) -> Taps | None:
+    """One axis of ONNX's Resize, by outputs / given unless a scale is told; None for what is not tabled here.
 
     Source: the ONNX operator specification of Resize, opset 19.
     """
-    scale = outputs / given
+    scale = scale or outputs / given
     at = np.arange(outputs, dtype=np.float64)
     coordinates = {
         "half_pixel": (at + 0.5) / scale - 0.5,

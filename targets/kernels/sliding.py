@@ -57,7 +57,7 @@ def schedule_sliding(s: s_tir.Schedule, anchor: Any) -> None:
     w, wi = s.split(w, [None, tile.columns])
     s.reorder(n, c, h, hi, w, kh, kw, wi, lane)
     task = s.fuse(n, c, h)
-    s.reverse_compute_at(final, w)
+    s.reverse_compute_at(final, w, preserve_unit_loops=True)
     pull_padding(s, anchor, task)
     s.parallel(task)
     s.unroll(wi)
