@@ -29,7 +29,14 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Prunable:
-    """A model's groups and the cost of keeping any subset of its channels."""
+    """A model's groups and the cost of keeping any subset of its channels.
+
+    Attributes:
+        channels: the analysis of the whole model.
+        groups: in graph order; classes that no group names stay.
+        sizes: shape of each tensor of the model's state.
+        trained: names of the parameters, one for each that is shared.
+    """
 
     channels: ChannelMap
     groups: tuple[Group, ...]
@@ -38,6 +45,7 @@ class Prunable:
 
     @classmethod
     def of(cls, model: MultiTaskModel) -> "Prunable":
+        """Analyse the whole model, all tasks together."""
         network = trace(model)
         state = model.module.state_dict()
         channels = analyse(network, state)
@@ -47,13 +55,15 @@ class Prunable:
 
     @property
     def class_count(self) -> int:
-        return 1 + max((int(ids.max()) for ids in self.channels.axes.values() if len(ids)), default=0)
+        """Length of every bool or score by class."""
+        return self.channels.class_count
 
     def reads(self) -> list[Axis]:
         """Axes of weights that read channels: zero there, and the channel is gone."""
         return list(dict.fromkeys(c.reads for c in self.channels.contractions if c.reads is not None))
 
     def keep_all(self) -> Tensor:
+        """Bool by class, all True: what callers then clear class by class."""
         return torch.ones(self.class_count, dtype=torch.bool)
 
     def kept(self, keep: Tensor) -> dict[Axis, Tensor]:
@@ -61,10 +71,14 @@ class Prunable:
         return {axis: keep[ids].nonzero().flatten() for axis, ids in self.channels.axes.items() if not keep[ids].all()}
 
     def cost(self, keep: Tensor) -> tuple[int, int]:
-        """(multiply-adds, parameters) when only some classes are kept."""
+        """(multiply-adds, parameters) when only some classes are kept.
+
+        Args:
+            keep: bool by class, True for FIXED.
+        """
         left = {axis: int(keep[ids].sum()) for axis, ids in self.channels.axes.items()}
-        macs = sum(
-            c.macs_per_pair * left.get(c.writes, 0) * (left.get(c.reads, 0) if c.reads is not None else 1)
+        macs = self.channels.whole_macs + sum(
+            c.macs_per_pair * left[c.writes] * (left[c.reads] if c.reads is not None else 1)
             for c in self.channels.contractions
         )
         return macs, self._parameters(left)

@@ -31,24 +31,24 @@ class Row:
 
 
 def inspect(model: MultiTaskModel, task_sets: Sequence[tuple[str, ...]]) -> list[Row]:
-    """A row for each task set, in the given order."""
-    alone = {task.name: _elements(model, extract(model, [task.name])) for task in model.tasks}
-    return [_row(model, extract(model, tasks), alone) for tasks in task_sets]
+    """A row for each task set, in the given order.
+
+    Raises:
+        CompressError: an unknown task.
+    """
+    alone = {task.name: extract(model, [task.name]) for task in model.tasks}
+    cut: dict[tuple[str, ...], Pathway] = {(name,): pathway for name, pathway in alone.items()}
+    needs = {name: _elements(model, pathway) for name, pathway in alone.items()}
+    return [_row(model, cut.get(tuple(tasks)) or extract(model, tasks), needs) for tasks in task_sets]
 
 
 def _row(model: MultiTaskModel, pathway: Pathway, alone: Mapping[str, Mapping[str, Tensor]]) -> Row:
-    mine = _elements(model, pathway)
     outside = [needs for task, needs in alone.items() if task not in pathway.tasks]
+    least = 1 if outside else 2
     shared = 0
-    for name, elements in mine.items():
-        if outside:
-            others = sum((needs[name].int() for needs in outside if name in needs), torch.zeros(1, dtype=torch.int32))
-            shared += int((elements & (others > 0)).sum())
-        else:
-            users = sum(
-                (needs[name].int() for needs in alone.values() if name in needs), torch.zeros(1, dtype=torch.int32)
-            )
-            shared += int((elements & (users > 1)).sum())
+    for name, elements in _elements(model, pathway).items():
+        users = sum((n[name].int() for n in outside or alone.values() if name in n), torch.zeros(()))
+        shared += int((elements & (users >= least)).sum())
     return Row(pathway.tasks, pathway.macs, pathway.parameters(model), shared)
 
 

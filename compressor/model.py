@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from compressor.channels import Axis
 from compressor.errors import CompressError
+from compressor.graph import tensor_of
 from compressor.workload import Task, Workload
 from profiles.settings import did_you_mean
 
 WEIGHTS, SURGERY, MASKS = "weights.safetensors", "surgery.json", "masks.safetensors"
+SCHEMA = "taskpress.surgery/1"
 
 
 @dataclass(slots=True)
@@ -45,7 +47,16 @@ class MultiTaskModel:
         return MultiTaskModel(copy.deepcopy(self.module), self.tasks, self.inputs, copy.deepcopy(self.kept), masks)
 
     def cut(self, keep: Mapping[Axis, Tensor]) -> None:
-        """Keep only the given indices (ascending int64, of the present size) along each named axis, in place."""
+        """Keep only the given indices (ascending int64, of the present size) along each named axis, in place.
+
+        A tensor that the module holds under several names is cut under all of them, and so are its masks.
+
+        Raises:
+            CompressError: indices that are no such list; nothing is cut then.
+        """
+        for axis, indices in keep.items():
+            _check_indices(axis, indices.tolist(), get_tensor(self.module, axis.tensor).shape)
+        names = {name: group for group in names_of(self.module) for name in group}
         for axis, indices in keep.items():
             old = get_tensor(self.module, axis.tensor)
             if len(indices) == old.shape[axis.dim]:
@@ -54,8 +65,8 @@ class MultiTaskModel:
             before = self.kept.setdefault(axis.tensor, {}).get(axis.dim)
             now = indices.tolist() if before is None else [before[k] for k in indices.tolist()]
             self.kept[axis.tensor][axis.dim] = now
-            if axis.tensor in self.masks:
-                self.masks[axis.tensor] = self.masks[axis.tensor].index_select(axis.dim, indices)
+            for name in self.masks.keys() & set(names[axis.tensor]):
+                self.masks[name] = self.masks[name].index_select(axis.dim, indices)
         refit(self.module)
 
     def save(self, directory: Path) -> None:
@@ -63,22 +74,50 @@ class MultiTaskModel:
         state = {name: value.detach().cpu().contiguous().clone() for name, value in self.module.state_dict().items()}
         save_file(state, directory / WEIGHTS)
         record = {name: {str(dim): kept for dim, kept in dims.items()} for name, dims in self.kept.items()}
-        (directory / SURGERY).write_text(json.dumps({"schema": "taskpress.surgery/1", "kept": record}))
+        (directory / SURGERY).write_text(json.dumps({"schema": SCHEMA, "kept": record}))
         if self.masks:
             save_file({name: mask.contiguous() for name, mask in self.masks.items()}, directory / MASKS)
 
     @classmethod
     def load(cls, directory: Path, workload: Workload) -> "MultiTaskModel":
-        """Rebuild a saved model: build the original, replay the cuts, load the weights strictly."""
-        model = cls(workload.build(), workload.tasks, workload.example_inputs())
-        record = json.loads((directory / SURGERY).read_text())["kept"]
-        for name, dims in record.items():
-            model.cut({Axis(name, int(dim)): torch.tensor(kept) for dim, kept in dims.items()})
+        """Rebuild a saved model: build the original, replay the cuts, load the weights strictly.
+
+        Raises:
+            CompressError: the folder holds no saved model, or not one of this workload's network.
+        """
+        model = cls(workload.build(), tuple(workload.tasks), tuple(workload.example_inputs()))
+        model.cut(_read_surgery(directory / SURGERY))
         load_weights(model.module, directory / WEIGHTS)
         if (directory / MASKS).exists():
             model.masks = load_file(directory / MASKS)
         model.module.eval()
         return model
+
+
+def _check_indices(axis: Axis, kept: list[int], shape: tuple[int, ...]) -> None:
+    size = shape[axis.dim] if 0 <= axis.dim < len(shape) else 0
+    if kept != sorted(set(kept)) or not all(0 <= k < size for k in kept):
+        raise CompressError(
+            f"Dimension {axis.dim} of {axis.tensor}, whose shape is {tuple(shape)}, cannot keep the indices {kept[:8]}"
+            f"{'...' if len(kept) > 8 else ''}; they must ascend and lie inside it."
+        )
+
+
+def _read_surgery(path: Path) -> dict[Axis, Tensor]:
+    """What `MultiTaskModel.save` recorded of cuts, as `MultiTaskModel.cut` takes it."""
+    try:
+        record = json.loads(path.read_text())
+        if record["schema"] != SCHEMA:
+            raise CompressError(f"{path} has the schema {record['schema']!r}; this version reads {SCHEMA!r}.")
+        return {
+            Axis(name, int(dim)): torch.tensor(kept, dtype=torch.int64)
+            for name, dims in record["kept"].items()
+            for dim, kept in dims.items()
+        }
+    except OSError as error:
+        raise CompressError(f"There is no saved model in {path.parent}: {error}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CompressError(f"{path} is not a surgery record ({type(error).__name__}: {error}).") from error
 
 
 def answers(raw: object, tasks: Iterable[Task]) -> dict[str, Tensor]:
@@ -139,7 +178,7 @@ def load_checkpoint(workload: Workload, checkpoint: Path | None) -> MultiTaskMod
     try:
         with torch.no_grad():
             raw = module(*model.inputs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in model.inputs)
         raise CompressError(f"The network fails on its example inputs of shape {shapes}: {error}") from error
     for name, answer in answers(raw, model.tasks).items():
@@ -169,6 +208,11 @@ def load_weights(module: nn.Module, path: Path) -> None:
         for name in sorted(set(given) & set(wanted))
         if given[name].shape != wanted[name].shape
     ]
+    faults += [
+        f"{name} is {given[name].dtype}, which the network's {wanted[name].dtype} cannot hold exactly"
+        for name in sorted(set(given) & set(wanted))
+        if torch.promote_types(given[name].dtype, wanted[name].dtype) != wanted[name].dtype
+    ]
     if faults:
         raise CompressError(f"{path} does not fit the network: {'; '.join(faults)}.")
     module.load_state_dict(given, strict=False)
@@ -194,15 +238,21 @@ def _some(names: list[str], most: int = 5) -> str:
 
 
 def get_tensor(module: nn.Module, name: str) -> Tensor:
-    *path, last = name.split(".")
-    found = getattr(module.get_submodule(".".join(path)), last)
-    if not isinstance(found, Tensor):
-        raise TypeError(f"{name} is a {type(found).__name__}, not a tensor")
-    return found
+    """A parameter or buffer (or plain tensor attribute) by its dotted name."""
+    return tensor_of(module, name)
+
+
+def names_of(module: nn.Module) -> list[list[str]]:
+    """The names of each parameter and buffer; more than one where the module shares it."""
+    names: dict[int, list[str]] = {}
+    held = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    for name, tensor in held:
+        names.setdefault(id(tensor), []).append(name)
+    return list(names.values())
 
 
 def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a parameter or buffer wherever the module holds it (a shared tensor has several names)."""
+    """Replace a parameter or buffer under every name that the module has for it."""
     old = get_tensor(module, name)
     value = value.detach().clone()
     new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
@@ -217,6 +267,8 @@ def refit(module: nn.Module) -> None:
     """Set the attributes that layers keep about their shapes to what their tensors say."""
     for layer in module.modules():
         if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+            if layer.groups > 1 and layer.groups == layer.in_channels and layer.weight.shape[1] == 1:
+                layer.groups = layer.weight.shape[0]
             layer.in_channels, layer.out_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
         elif isinstance(layer, nn.modules.conv._ConvNd):
             if layer.groups > 1 and layer.groups == layer.in_channels:

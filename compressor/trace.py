@@ -1,13 +1,15 @@
-"""Trace a multi-task model into one flat graph of ATen operators whose outputs are the tasks' answers."""
+"""Trace a multi-task model into one flat, functional graph of ATen operators whose outputs are the tasks' answers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
 
 from compressor.errors import CompressError
-from compressor.model import MultiTaskModel, answers
+from compressor.graph import name_of, tensor_of, tensors_of
+from compressor.model import MultiTaskModel, answers, names_of
 from compressor.workload import Task
 
 
@@ -25,57 +27,69 @@ class _Answers(nn.Module):
 def trace(model: MultiTaskModel, tasks: Sequence[Task] | None = None) -> fx.GraphModule:
     """The model as a graph: parameters keep their names, one output for each task, dead code gone.
 
+    The module is put into evaluation mode. A tensor that the module holds under several names appears under its first.
+
     Raises:
-        CompressError: the network cannot be traced (data-dependent control flow, for example).
+        CompressError: the network cannot be traced (data-dependent control flow, for example), or its forward
+            overwrites its inputs or its own state.
     """
     chosen = tuple(tasks or model.tasks)
     program = export(_Answers(model.module.eval(), chosen), model.inputs)
-    return flatten(program, prefix="module.")
+    first = {f"module.{name}": names[0] for names in names_of(model.module) for name in names}
+    return flatten(program, first)
 
 
 def export(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
-    """torch.export with this project's error."""
+    """torch.export without in-place operators, with this project's errors.
+
+    An in-place operator would otherwise keep what only other tasks need alive, as its effect cannot be seen locally.
+    """
     try:
         with torch.no_grad():
-            return torch.export.export(module, inputs, strict=False)
+            program = torch.export.export(module, inputs, strict=False)
+            if any(_mutates(node) for node in program.graph.nodes):
+                program = program.run_decompositions({})
     except Exception as error:
         first = str(error).strip().split("\n", 1)[0]
         raise CompressError(
             f"The network cannot be traced by torch.export ({type(error).__name__}: {first}). "
             "Its forward must not branch on tensor values."
         ) from error
+    signature = program.graph_signature
+    if signature.user_inputs_to_mutate:
+        raise CompressError("The network's forward overwrites its input; let it work on a copy: x = x.clone().")
+    if signature.buffers_to_mutate:
+        names = ", ".join(name.removeprefix("module.") for name in signature.buffers_to_mutate.values())
+        raise CompressError(f"The network's forward changes its own state ({names}) at every call; an artifact cannot.")
+    return program
 
 
-def flatten(program: ExportedProgram, prefix: str = "") -> fx.GraphModule:
-    """An exported program as a plain graph module; `prefix` is taken off every tensor's name."""
+def flatten(program: ExportedProgram, names: Mapping[str, str] | None = None) -> fx.GraphModule:
+    """An exported program as a plain graph module; `names` renames tensors."""
     lifted = program.module(check_guards=False)
     graph, tensors = fx.Graph(), {}
     environment: dict[fx.Node, fx.Node] = {}
     for node in lifted.graph.nodes:
-        new = graph.node_copy(node, lambda old: environment[old])
+        if name_of(node).startswith("_assert"):  # what the tracer saw of types; nothing that the answers need
+            continue
+        if node.op == "output":
+            graph.output(tuple(environment[leaf] for leaf in tree_leaves(node.args)))
+            continue
+        new = environment[node] = graph.node_copy(node, lambda old: environment[old])
         if node.op == "get_attr":
-            name = str(node.target)
-            new.target = name.removeprefix(prefix)
-            tensors[new.target] = _get(lifted, name)
-        elif node.op == "output":
-            leaves = torch.utils._pytree.tree_leaves(node.args)
-            new.args = (tuple(environment[leaf] for leaf in leaves),)
-        environment[node] = new
-    flat = fx.GraphModule(tensors, graph)  # type: ignore[arg-type]
+            old = str(node.target)
+            new.target = (names or {}).get(old, old)
+            tensors[str(new.target)] = tensor_of(lifted, old)
+    flat = fx.GraphModule(tensors, graph)
     flat.graph.eliminate_dead_code()
     return prune_tensors(flat)
 
 
 def prune_tensors(network: fx.GraphModule) -> fx.GraphModule:
     """Recompile a graph, keeping only the tensors that it still reads."""
-    used = {str(node.target): _get(network, str(node.target)) for node in network.graph.nodes if node.op == "get_attr"}
-    return fx.GraphModule(used, network.graph).eval()  # type: ignore[arg-type]
+    return fx.GraphModule(tensors_of(network), network.graph).eval()
 
 
-def _get(module: nn.Module, name: str) -> Tensor:
-    found: object = module
-    for part in name.split("."):
-        found = getattr(found, part)
-    if not isinstance(found, Tensor):
-        raise CompressError(f"The traced network reads {name}, a {type(found).__name__}; only tensors can be compiled.")
-    return found
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)

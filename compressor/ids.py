@@ -1,0 +1,94 @@
+"""Ids of channels: tensors of them, and the union-find that says which ids are one class."""
+
+import torch
+from torch import Tensor
+
+FIXED = 0
+"""The id of everything that must stay: network inputs, outputs, and channels mixed by an operator not understood."""
+
+
+class Classes:
+    """A union-find over ids in which FIXED absorbs whatever is merged with it."""
+
+    def __init__(self) -> None:
+        self._parent = torch.zeros(1, dtype=torch.int64)
+
+    def fresh(self, count: int) -> Tensor:
+        """New ids, each its own class."""
+        made = torch.arange(len(self._parent), len(self._parent) + count)
+        self._parent = torch.cat([self._parent, made])
+        return made
+
+    def root(self, ids: Tensor) -> Tensor:
+        """The class of each id; repeats stay repeats (stride 0)."""
+        while True:
+            above = self._parent[self._parent]
+            if torch.equal(above, self._parent):
+                return self._parent[distinct(ids)].expand(ids.shape)
+            self._parent = above
+
+    def merge(self, left: Tensor, right: Tensor) -> None:
+        """Make each pair of ids one class, element by element (same shape)."""
+        if left.stride() == right.stride():
+            left, right = distinct(left), distinct(right)
+        count = len(self._parent)
+        pairs = torch.unique(left.reshape(-1) * count + right.reshape(-1))
+        parent = self._parent.tolist()
+
+        def find(item: int) -> int:
+            while parent[item] != item:
+                parent[item] = parent[parent[item]]
+                item = parent[item]
+            return item
+
+        for pair in pairs.tolist():
+            low, high = sorted((find(pair // count), find(pair % count)))
+            parent[high] = low  # FIXED is the lowest, so it always wins
+        self._parent = torch.tensor(parent)
+
+    def fix(self, ids: Tensor) -> None:
+        """Everything with one of these ids stays."""
+        flat = torch.unique(distinct(ids))
+        self.merge(flat, torch.full_like(flat, FIXED))
+
+    def along(self, ids: Tensor, dim: int) -> Tensor | None:
+        """One class for each index of `dim` when all elements of that index agree; otherwise None."""
+        rows = distinct(self.root(ids).movedim(dim, 0), keep=1).flatten(1)
+        first = rows[:, 0] if rows.shape[1] else rows.new_zeros(rows.shape[0])
+        return first if bool((rows == first[:, None]).all()) else None
+
+
+def whole(shape: tuple[int, ...]) -> Tensor:
+    """Ids of a value that stays as it is."""
+    return torch.full((), FIXED, dtype=torch.int64).expand(shape)
+
+
+def spread(along: Tensor, shape: tuple[int, ...], dim: int) -> Tensor:
+    """Repeat one id for each index of `dim` over a whole shape, without memory."""
+    view = [1] * len(shape)
+    view[dim] = len(along)
+    return along.reshape(view).expand(shape)
+
+
+def distinct(ids: Tensor, keep: int = 0) -> Tensor:
+    """Drop the repeats of an expanded tensor (stride 0), from dimension `keep` on."""
+    for dim in range(keep, ids.dim()):
+        if ids.stride(dim) == 0 and ids.shape[dim] > 1:
+            ids = ids.narrow(dim, 0, 1)
+    return ids
+
+
+def compact(ids: Tensor) -> Tensor:
+    """The same ids with every dimension in which they only repeat at stride 0."""
+    small = ids
+    for dim in range(ids.dim()):
+        if ids.shape[dim] > 1 and not varies(small, dim):
+            small = small.narrow(dim, 0, 1)
+    return small.contiguous().expand(ids.shape)
+
+
+def varies(ids: Tensor, dim: int) -> bool:
+    """Do two indices of `dim` differ anywhere?"""
+    if ids.shape[dim] <= 1 or ids.stride(dim) == 0:
+        return False
+    return not bool((ids == ids.narrow(dim, 0, 1)).all())

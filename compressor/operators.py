@@ -1,0 +1,259 @@
+"""How each operator treats channels: one rule for each way, and the table of operators that follow it.
+
+A rule returns the ids of the operator's answer, or None when it does not understand this use of it; then everything
+the operator touches stays whole.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from compressor.graph import argument, name_of, shape_of
+from compressor.ids import spread, varies, whole
+
+if TYPE_CHECKING:
+    from compressor.channels import Analysis
+
+Rule = Callable[["Analysis", fx.Node], Tensor | list[Tensor] | None]
+
+
+def moved(run: "Analysis", node: fx.Node) -> Tensor | list[Tensor] | None:
+    """Data movement: do to the ids what the operator does to the values."""
+    counted = set(node.all_input_nodes) - set(tree_leaves(node.args[0]))
+    if counted or isinstance(argument(node, "dtype"), torch.dtype):
+        return None  # view.dtype reads the same bytes as other numbers; repeat_interleave may take a tensor of counts
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), run.ids)
+    made = move(node, args, kwargs)
+    return made if isinstance(made, Tensor) else list(made)
+
+
+def move(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """Execute a data movement on other tensors than its own, of any strides."""
+    if name_of(node) in RESHAPING:
+        return args[0].reshape(shape_of(node))
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _elementwise(run: "Analysis", node: fx.Node) -> Tensor | None:
+    """Values met element by element: channels that meet belong together, a broadcast value gates and stays whole."""
+    operands = [a for a in node.args if isinstance(a, fx.Node)]
+    activations = [a for a in operands if run.constant(a) is None]
+    known = isinstance(node.meta["val"], Tensor) and set(operands) == set(node.all_input_nodes)
+    if not activations or not known:
+        return None
+    shape = shape_of(node)
+    _meet(run, activations, shape)
+    ids = max((run.classes.root(run.ids(a)).expand(shape) for a in activations), key=_freedom)
+    for name in filter(None, map(run.constant, operands)):
+        if not _tie(run, name, ids):
+            return None
+    return ids
+
+
+def _meet(run: "Analysis", activations: list[fx.Node], shape: tuple[int, ...]) -> None:
+    """Merge what meets; what is broadcast over channels stays whole, and so does what meets it channel by channel."""
+    grown = {a: (1,) * (len(shape) - len(shape_of(a))) + shape_of(a) for a in activations}
+
+    def ids(a: fx.Node) -> Tensor:
+        return run.classes.root(run.ids(a)).expand(shape)
+
+    def dims(a: fx.Node, *, broadcast: bool) -> list[int]:
+        return [d for d, (own, full) in enumerate(zip(grown[a], shape, strict=True)) if (own < full) is broadcast]
+
+    gates = [a for a in grown if any(varies(ids(other), d) for other in grown for d in dims(a, broadcast=True))]
+    for gate in gates:
+        run.classes.fix(ids(gate))
+    free = [a for a in grown if a not in gates]
+    for a in free:
+        run.classes.merge(ids(free[0]), ids(a))
+        if any(varies(ids(a), d) for gate in gates for d in dims(gate, broadcast=False)):
+            run.classes.fix(ids(a))
+
+
+def _freedom(ids: Tensor) -> int:
+    return int(torch.unique(ids).numel())
+
+
+def _tie(run: "Analysis", name: str, ids: Tensor) -> bool:
+    """Tie each long axis of a constant operand to the channels it meets; False when they do not line up."""
+    tied = {}
+    sizes = run.tensor(name).shape
+    for dim, size in enumerate(sizes):
+        full = dim + ids.dim() - len(sizes)
+        if size > 1 and varies(ids, full):
+            along = run.classes.along(ids, full)
+            if along is None:
+                return False
+            tied[dim] = along
+    run.bind(name, tied)
+    return True
+
+
+def _normalised(run: "Analysis", node: fx.Node) -> Tensor | list[Tensor] | None:
+    """Batch norm and instance norm: scale, shift and statistics go with their channel."""
+    parameters = [a for a in node.args[1:5] if isinstance(a, fx.Node)]
+    names = [run.constant(a) for a in parameters]
+    along = run.along(node.args[0], 1)
+    if along is None or None in names or len(node.all_input_nodes) != 1 + len(set(parameters)):
+        return None
+    for name in filter(None, names):
+        run.bind(name, {0: along})
+    ids = run.ids(node.args[0])
+    if isinstance(node.meta["val"], Tensor):
+        return ids  # type: ignore[no-any-return]
+    return [ids, *(whole(tuple(v.shape)) for v in node.meta["val"][1:])]  # the statistics of inference are empty
+
+
+def _sloped(run: "Analysis", node: fx.Node) -> Tensor | None:
+    """PReLU: one slope a channel, or one for all."""
+    name = run.constant(node.args[1])
+    if name is None or run.constant(node.args[0]) is not None:
+        return None
+    if run.tensor(name).numel() == 1:
+        run.bind(name, {})
+        return run.ids(node.args[0])  # type: ignore[no-any-return]
+    along = run.along(node.args[0], 1)
+    if along is None:
+        return None
+    run.bind(name, {0: along})
+    return run.ids(node.args[0])  # type: ignore[no-any-return]
+
+
+def _windowed(run: "Analysis", node: fx.Node) -> Tensor | list[Tensor] | None:
+    """Pooling, resizing and padding: every channel by itself, over positions that share it."""
+    value = node.meta["val"]
+    shapes = [tuple(v.shape) for v in ([value] if isinstance(value, Tensor) else value)]
+    along = run.along(node.args[0], 1)
+    if along is None or len(node.all_input_nodes) != 1 or any(len(s) < 3 or s[1] != len(along) for s in shapes):
+        return None
+    made = [spread(along, shape, 1) for shape in shapes]
+    return made[0] if isinstance(value, Tensor) else made
+
+
+def _padded(run: "Analysis", node: fx.Node) -> Tensor | list[Tensor] | None:
+    pads = argument(node, "pad") or argument(node, "padding")
+    touched = {len(shape_of(node)) - 1 - k // 2 for k, amount in enumerate(pads) if amount}
+    return None if 1 in touched else _windowed(run, node)
+
+
+def _reduced(run: "Analysis", node: fx.Node) -> Tensor | None:
+    """Mean, sum, max, softmax over dimensions in which the channel does not change."""
+    ids, shape = run.classes.root(run.ids(node.args[0])), shape_of(node)
+    if run.constant(node.args[0]) is not None or not ids.dim():
+        return None
+    given = argument(node, "dim")
+    dims = given if isinstance(given, list | tuple) else [] if given is None else [given]
+    over = {d % ids.dim() for d in dims} if dims else set(range(ids.dim()))
+    if any(varies(ids, d) for d in over):
+        return None
+    if shape == tuple(ids.shape):
+        return ids
+    for d in sorted(over, reverse=True):
+        ids = ids.narrow(d, 0, 1)
+    return ids.reshape(shape)
+
+
+def _convolution(run: "Analysis", node: fx.Node) -> Tensor | None:
+    name, along = run.constant(node.args[1]), run.along(node.args[0], 1)
+    if name is None or along is None or run.tensor(name).dim() != len(shape_of(node)):
+        return None
+    groups = int(argument(node, "groups", 1))
+    sizes = run.tensor(name).shape
+    transposed = name_of(node).startswith("conv_transpose")
+    writes, reads = (1, 0) if transposed else (0, 1)
+    if groups == 1:
+        ids = run.axis(name, writes)
+        run.bind(name, {reads: along, writes: ids})
+        run.contract(node, name, writes, reads)
+    elif groups == len(along) and sizes[1] == 1:
+        ids = along.repeat_interleave(sizes[0] // groups)
+        run.bind(name, {0: ids})
+        run.contract(node, name, 0, None)
+    else:
+        return None
+    return _shifted(run, node, ids, 1)
+
+
+def _linear(run: "Analysis", node: fx.Node) -> Tensor | None:
+    name, along = run.constant(node.args[1]), run.along(node.args[0], -1)
+    if name is None or along is None or run.tensor(name).dim() != 2:
+        return None
+    ids = run.axis(name, 0)
+    run.bind(name, {0: ids, 1: along})
+    run.contract(node, name, 0, 1)
+    return _shifted(run, node, ids, len(shape_of(node)) - 1)
+
+
+def _shifted(run: "Analysis", node: fx.Node, ids: Tensor, dim: int) -> Tensor | None:
+    """The answer of a contraction, its bias tied to the channels written."""
+    bias = argument(node, "bias")
+    name = run.constant(bias)
+    if bias is not None and name is None:
+        return None  # a computed bias
+    if name is not None:
+        run.bind(name, {0: ids})
+    return spread(ids, shape_of(node), dim)
+
+
+def _embedding(run: "Analysis", node: fx.Node) -> Tensor | None:
+    """Rows are looked up by number and stay; each column is a channel."""
+    name = run.constant(node.args[0])
+    if name is None:
+        return None
+    run.classes.fix(run.ids(node.args[1]))
+    run.bind(name, {1: run.axis(name, 1)})
+    return spread(run.axis(name, 1), shape_of(node), len(shape_of(node)) - 1)
+
+
+def _item(run: "Analysis", node: fx.Node) -> Tensor | None:
+    parts, number = run.ids(node.args[0]), node.args[1]
+    return parts[number] if isinstance(parts, list) and parts and isinstance(number, int) else None
+
+
+def _table(rule: Rule, names: str) -> dict[str, Rule]:
+    return dict.fromkeys(names.split(), rule)
+
+
+RULES: Mapping[str, Rule] = {
+    **_table(_convolution, "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"),
+    **_table(_linear, "linear"),
+    **_table(_embedding, "embedding"),
+    **_table(_normalised, "batch_norm _native_batch_norm_legit_no_training instance_norm"),
+    **_table(_sloped, "prelu"),
+    **_table(
+        _elementwise,
+        "add sub rsub mul div maximum minimum pow atan2 where addcmul addcdiv lerp remainder fmod floor_divide "
+        "eq ne lt le gt ge logical_and logical_or logical_xor logical_not "
+        "relu relu6 sigmoid tanh silu gelu elu selu celu leaky_relu hardtanh hardswish hardsigmoid softplus mish "
+        "softsign log_sigmoid hardshrink softshrink tanhshrink threshold clamp clamp_min clamp_max "
+        "exp exp2 expm1 log log2 log10 log1p sin cos tan atan erf neg abs sign floor ceil round trunc sqrt rsqrt "
+        "square reciprocal dropout feature_dropout alpha_dropout clone contiguous detach to _to_copy alias "
+        "lift_fresh_copy",
+    ),
+    **_table(
+        _windowed,
+        "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d "
+        "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
+        "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
+        "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d",
+    ),
+    **_table(_padded, "constant_pad_nd pad reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d"),
+    **_table(
+        _reduced,
+        "mean sum amax amin prod var std logsumexp argmax argmin any all cumsum softmax log_softmax _softmax "
+        "_log_softmax",
+    ),
+    **_table(
+        moved,
+        "view reshape _unsafe_view flatten unflatten permute transpose t slice select narrow cat concat stack split "
+        "split_with_sizes chunk unbind squeeze unsqueeze expand repeat repeat_interleave roll flip pixel_shuffle "
+        "pixel_unshuffle channel_shuffle movedim swapaxes",
+    ),
+    "getitem": _item,
+}
+
+MOVING = frozenset(name for name, rule in RULES.items() if rule is moved)
+RESHAPING = frozenset(["view", "_unsafe_view", "reshape", "flatten", "unflatten"])
