@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from profiles.settings import faults
-from targets.base import SCHEMA, Artifact, BuildPlan, Manifest, Tensor
+from targets.base import Artifact, BuildPlan, Manifest, Tensor
 from targets.errors import TargetError
 
 MANIFEST = "manifest.json"
@@ -64,7 +64,8 @@ def seal(
     for name, content in {**own, **extra}.items():
         (folder / name).write_bytes(content)
     manifest = Manifest(
-        schema=SCHEMA, program=plan.program.name, tasks=plan.program.tasks, inputs=inputs, outputs=outputs,
+        schema="taskpress.artifact/1", program=plan.program.name, tasks=plan.program.tasks,
+        inputs=inputs, outputs=outputs,
         normalisation=plan.program.normalisation, target=plan.target, device=plan.device,
         versions=versions(), plan=plan.digest(),
         files={file.name: _sha256(file) for file in sorted(folder.iterdir())}, about=dict(about),
@@ -105,7 +106,7 @@ def _verify(directory: Path, manifest: Manifest, where: str) -> None:
     present = {entry.name: entry for entry in directory.iterdir() if entry.name != MANIFEST}
     links = sorted(name for name, entry in present.items() if entry.is_symlink() or not entry.is_file())
     if links or (directory / MANIFEST).is_symlink():
-        raise TargetError(f"{where}: {', '.join(links) or MANIFEST} is no regular file; an artifact holds nothing else.")
+        raise TargetError(f"{where}: {', '.join(links) or MANIFEST} is no regular file; an artifact has no other.")
     if missing := sorted(manifest.files.keys() - present):
         raise TargetError(f"{where} lacks {', '.join(missing)}. Copy the whole folder, or build it again.")
     if added := sorted(present.keys() - manifest.files):

@@ -15,7 +15,6 @@ from profiles.device import Device, Kind
 from profiles.settings import Settings
 
 Array = np.ndarray[Any, Any]
-SCHEMA = "taskpress.artifact/1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class BuildPlan:
         files: sources by name (ONNX, generated code or IR as text), exactly as they decide the result.
         commands: what will be run in order, for people and golden tests.
         options: everything else that decides the result.
-        lowered: the target's own in-memory form of `files`, so that `build` need not lower again; no part of the digest.
+        lowered: the target's own form of `files` in memory, so that `build` need not lower again; not in the digest.
     """
 
     target: str
@@ -114,7 +113,7 @@ class Artifact:
 class Runner(Protocol):
     """A loaded artifact. Call it with the inputs in manifest order; answers are keyed by task name.
 
-    Answers are read-only and stay valid after the next call. Inputs of another number, shape or dtype raise TargetError.
+    Answers are read-only and outlive the next call. Inputs of another number, shape or dtype raise TargetError.
     """
 
     tasks: tuple[str, ...]

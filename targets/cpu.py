@@ -82,7 +82,7 @@ def _require_host_runs(device: Device) -> None:
     triple = str(device.target.get("mtriple", here))
     there = {"amd64": "x86_64", "arm64": "aarch64"}.get(triple.partition("-")[0], triple.partition("-")[0])
     if there != here:
-        raise TargetError(f"The artifact was built for '{device.name}' ({there}); this machine is {here}. Run it there.")
+        raise TargetError(f"The artifact was built for '{device.name}' ({there}); this machine is {here}.")
     needs = {512: "avx512f", 256: "avx2"}.get(device.vector_bits)
     flags = Path("/proc/cpuinfo")
     if here == "x86_64" and needs and flags.exists() and needs not in flags.read_text().split():

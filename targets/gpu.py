@@ -33,8 +33,8 @@ class GpuTarget:
         _architecture(device)
         if shutil.which("nvcc") is None:
             raise TargetError(
-                f"The gpu target compiles for '{device.name}' with nvcc, which is not on PATH. Install the CUDA toolkit "
-                "(https://developer.nvidia.com/cuda-downloads; Debian: apt install nvidia-cuda-toolkit) or plan only."
+                f"The gpu target compiles for '{device.name}' with nvcc, which is not on PATH. Install the CUDA "
+                "toolkit (https://developer.nvidia.com/cuda-downloads; Debian: apt install nvidia-cuda-toolkit)."
             )
         linker(device)
 
@@ -84,8 +84,8 @@ class GpuTarget:
         gpu = tvm.cuda()
         if not gpu.exist:
             raise TargetError(
-                f"'{artifact.directory}' was built for '{manifest.device.name}' and needs an NVIDIA GPU with its driver; "
-                "CUDA finds none here (nvidia-smi shows what it sees). Run it on the device."
+                f"'{artifact.directory}' was built for '{manifest.device.name}' and needs an NVIDIA GPU with its "
+                "driver; CUDA finds none here (nvidia-smi shows what it sees). Run it on the device."
             )
         built, here = _architecture(manifest.device), "sm_" + str(gpu.compute_version).replace(".", "")
         if built != here:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import tvm
-from onnx import TensorProto, helper
+from onnx import helper
 from tvm import relax
 from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
 
@@ -18,16 +18,15 @@ from targets.kernels.resize import resize, taps
 from targets.runner import VirtualMachineRunner
 
 # The importer knows more operators than these; an operator is listed once a test compares it with ONNX Runtime.
-SUPPORTED = frozenset(
-    """
-    Add Sub Mul Div Neg Abs Sqrt Exp Log Pow Reciprocal Erf Min Max
-    Relu LeakyRelu PRelu Clip Sigmoid HardSigmoid HardSwish Tanh Elu Selu Softplus Gelu Mish Softmax LogSoftmax
-    Conv ConvTranspose Gemm MatMul BatchNormalization LayerNormalization InstanceNormalization
-    MaxPool AveragePool GlobalAveragePool GlobalMaxPool ReduceMean ReduceMax ReduceSum ReduceMin
-    Resize DepthToSpace SpaceToDepth Pad Concat Split Slice Gather
-    Reshape Flatten Transpose Squeeze Unsqueeze Expand Constant Identity Dropout Cast
-    """.split()
-)
+SUPPORTED = frozenset((
+    "Abs", "Add", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Constant", "Conv", "ConvTranspose",
+    "DepthToSpace", "Div", "Dropout", "Elu", "Erf", "Exp", "Expand", "Flatten", "Gather", "Gelu", "Gemm",
+    "GlobalAveragePool", "GlobalMaxPool", "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization",
+    "LayerNormalization", "LeakyRelu", "Log", "LogSoftmax", "MatMul", "Max", "MaxPool", "Min", "Mish", "Mul", "Neg",
+    "PRelu", "Pad", "Pow", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Relu", "Reshape",
+    "Resize", "Selu", "Sigmoid", "Slice", "Softmax", "Softplus", "SpaceToDepth", "Split", "Sqrt", "Squeeze", "Sub",
+    "Tanh", "Transpose", "Unsqueeze",
+))
 
 
 def lower(program: Program) -> tvm.IRModule:
@@ -51,7 +50,7 @@ def lower(program: Program) -> tvm.IRModule:
 
 
 def reference(program: Program) -> VirtualMachineRunner:
-    """Run the program through TVM's plain legalisation: slow, and a check on everything else this package does to it."""
+    """Run the program through TVM's plain legalisation: slow, and a check on all else this package does to it."""
     executable = tvm.compile(lower(program), tvm.target.Target({"kind": "llvm"}))
     return VirtualMachineRunner(executable.jit(), tvm.cpu(), signature(program), program.tasks, threads=1)
 
@@ -100,6 +99,12 @@ def _with_tuple_output(module: tvm.IRModule, program: Program) -> tvm.IRModule:
     for task, value in zip(program.tasks, fields, strict=True):
         if not isinstance(value, relax.Var) or value not in computed:
             raise TargetError(f"Task '{task}' of program '{program.name}' answers with an input or a constant.")
+    for spec, value in zip(answers(program), fields, strict=True):
+        if (found := tuple(int(size) for size in value.ty.shape)) != spec.shape:
+            raise TargetError(
+                f"Task '{spec.name}' of program '{program.name}' should have shape {spec.shape}, but TVM's importer "
+                f"makes it {found}: an operator before it is not imported as ONNX means it."
+            )
     if not isinstance(main.ret_ty, relax.TupleType):
         result = relax.Var("answers", relax.TupleType([main.ret_ty]))
         block = main.body.blocks[-1]
@@ -136,7 +141,7 @@ def _clip(builder: relax.BlockBuilder, inputs: Sequence[Any], attrs: dict[str, A
     """Clip with bounds known now; the importer's own emits a kernel for every bound."""
     low, high = [*inputs[1:], None, None][:2]
     low, high = attrs.get("min", low), attrs.get("max", high)
-    if any(not (bound is None or np.ndim(bound) == 0 and isinstance(bound, float | np.ndarray)) for bound in (low, high)):
+    if not all(bound is None or isinstance(bound, float | np.ndarray) for bound in (low, high)):
         return None
     x = inputs[0]
     if low is not None and not np.isnan(low):
@@ -179,7 +184,7 @@ def _resize(builder: relax.BlockBuilder, inputs: Sequence[Any], attrs: dict[str,
     for axis in (2, 3):
         table = taps(sizes[axis], int(exact[axis]), *how, scale=float(scales[axis]))
         if table is None:
-            raise TargetError(f"Resize by {scales.tolist()} with {how[:3]} is not compiled. Resize to a whole multiple.")
+            raise TargetError(f"Resize by {scales.tolist()} with {how[:3]} is not compiled.")
         tables += [relax.const(table.index), relax.const(table.weight)]
     return builder.emit_te(resize, x, *tables)
 

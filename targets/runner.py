@@ -9,8 +9,8 @@ from tvm.runtime.vm import VirtualMachine
 from targets.base import Array, Tensor
 from targets.errors import TargetError
 
-# Read by TVM when a thread first runs a parallel loop. Left alone, TVM counts half of the machine's cores (it takes them
-# for hyper-threads) and pins the threads it makes, and with them every other library's in this process.
+# Read by TVM when a thread first runs a parallel loop. Left alone, TVM counts half of the machine's cores (it takes
+# them for hyper-threads) and pins the threads it makes, and with them every other library's in this process.
 os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count() or 1))
 os.environ.setdefault("TVM_BIND_THREADS", "0")
 
@@ -53,7 +53,7 @@ class VirtualMachineRunner:
 
     def __call__(self, *inputs: Array) -> dict[str, Array]:
         if len(inputs) != len(self._inputs):
-            raise TargetError(f"{len(inputs)} inputs given; the artifact takes {len(self._inputs)}: {self._expected()}.")
+            raise TargetError(f"{len(inputs)} inputs given; the artifact takes {self._expected()}.")
         for tensor, spec, given in zip(self._tensors, self._inputs, inputs, strict=True):
             if given.shape != spec.shape or given.dtype != spec.dtype:
                 raise TargetError(

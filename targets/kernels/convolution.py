@@ -13,7 +13,9 @@ from targets.kernels.tile import Tile, convolution_tile, with_chunk
 from targets.kernels.window import Window, padded_input
 
 
-def convolution(x: te.Tensor, w_OIHWLL: te.Tensor, window: Window, height: int, width: int, device: Device) -> te.Tensor:
+def convolution(
+    x: te.Tensor, w_OIHWLL: te.Tensor, window: Window, height: int, width: int, device: Device
+) -> te.Tensor:
     """Output (N, O, height, width, L) of blocked `x`, or of planar (N, channels, H, W) with one-lane weights.
 
     Weights of a grouped convolution have fewer input blocks than `x`; each group's outputs are whole blocks.

@@ -16,13 +16,13 @@ def dense(x_RK: te.Tensor, w_OKL: te.Tensor, outputs: int, device: Device) -> te
     tile = convolution_tile(device, blocks, 1, rows, most_blocks=16)
     _, padded = tile.padded(1, rows)
     k = te.reduce_axis((0, depth), "k")
-    row = (lambda r: r) if padded == rows else (lambda r: tirx.min(r, rows - 1))
-    whole = te.compute(
-        (padded, blocks, lanes),
-        lambda r, o, lane: te.sum(x_RK(row(r), k) * w_OKL(o, k, lane), axis=[k]),
-        name="dense",
-        attrs={"kernel": "dense", "tile": [tile.blocks, tile.rows, tile.columns, tile.chunk]},
-    )
+
+    def value(r: Any, o: Any, lane: Any) -> Any:
+        row = r if padded == rows else tirx.min(r, rows - 1)  # rows beyond the last are computed and never stored
+        return te.sum(x_RK(row, k) * w_OKL(o, k, lane), axis=[k])
+
+    attrs = {"kernel": "dense", "tile": [tile.blocks, tile.rows, tile.columns, tile.chunk]}
+    whole = te.compute((padded, blocks, lanes), value, name="dense", attrs=attrs)
     return te.compute((rows, outputs), lambda r, o: whole(r, o // lanes, o % lanes), name="crop")
 
 
@@ -41,7 +41,7 @@ def narrow_dense(x_RK: te.Tensor, w_OKL: te.Tensor) -> te.Tensor:
     lane = te.reduce_axis((0, lanes), "lane")
     partial = te.compute(
         (rows, outputs, lanes),
-        lambda r, o, l: te.sum(x_RK(r, k * lanes + l) * w_OKL(o, k, l), axis=[k]),
+        lambda r, o, at: te.sum(x_RK(r, k * lanes + at) * w_OKL(o, k, at), axis=[k]),
         name="narrow_dense",
         attrs={"kernel": "narrow_dense"},
     )
@@ -49,7 +49,7 @@ def narrow_dense(x_RK: te.Tensor, w_OKL: te.Tensor) -> te.Tensor:
 
 
 def schedule_dense(s: s_tir.Schedule, anchor: Any) -> None:
-    """Rows by output blocks in registers, one tile a parallel task; the epilogue is a pass of its own over a result in cache."""
+    """Rows by output blocks in registers, one tile a parallel task; the epilogue is a pass of its own, from cache."""
     tile = Tile(*(int(size) for size in s.get(anchor).annotations["tile"]))
     final = gather_epilogue(s, anchor, "global")
     r, o, lane, k = s.get_loops(anchor)

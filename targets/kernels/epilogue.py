@@ -1,4 +1,4 @@
-"""What follows a kernel's main computation in its function: bias, activation, residual sum, the crop of a tile's waste."""
+"""What follows a kernel's anchor in its function: bias, activation, residual sum, the crop of a tile's waste."""
 
 from typing import Any
 

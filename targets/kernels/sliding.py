@@ -16,7 +16,7 @@ _LOWEST = float(np.finfo(np.float32).min)
 
 def depthwise(x: te.Tensor, w_CHWL: te.Tensor, window: Window, height: int, width: int, device: Device) -> te.Tensor:
     """Each channel of (N, C, H, W, L) by its own kernel."""
-    return _slide(x, window, height, width, device, 0.0, te.sum, lambda read, c, kh, kw, l: read * w_CHWL(c, kh, kw, l))
+    return _slide(x, window, height, width, device, 0.0, te.sum, lambda read, *at: read * w_CHWL(*at))
 
 
 def max_pool(x: te.Tensor, window: Window, height: int, width: int, device: Device) -> te.Tensor:
@@ -68,7 +68,7 @@ def schedule_sliding(s: s_tir.Schedule, anchor: Any) -> None:
     s.decompose_reduction(anchor, kh)
 
 
-def window_counts(window: Window, size: tuple[int, int], outputs: tuple[int, int], include_pad: bool) -> Any:
+def window_counts(window: Window, size: tuple[int, ...], outputs: tuple[int, ...], include_pad: bool) -> Any:
     """How many values each output of an average divides by: float32 (height, width).
 
     With `include_pad` those of the padding count, but never those a ceiling put beyond it.

@@ -1,7 +1,7 @@
 """Transposed convolution as plain convolution: each phase of the output grid is one, and the phases are interleaved.
 
-With stride s, output u = s * v + r (counted with padding) sums x[v - t] * w[r + s * t] over t: a stride-1 convolution of
-ceil(kernel / s) taps for each of the s phases r of an axis. No multiplication by an inserted zero is left.
+With stride s, output u = s * v + r (counted with padding) sums x[v - t] * w[r + s * t] over t: a stride-1 convolution
+of ceil(kernel / s) taps for each of the s phases r of an axis. No multiplication by an inserted zero is left.
 """
 
 from dataclasses import dataclass

@@ -8,12 +8,12 @@ from tvm import te, tirx
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """How a kernel slides: sizes as (vertical, horizontal), `padding` as (top, left, bottom, right)."""
+    """How a kernel slides: pairs are (vertical, horizontal), `padding` is (top, left, bottom, right)."""
 
-    kernel: tuple[int, int]
-    strides: tuple[int, int] = (1, 1)
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0, 0, 0)
+    dilation: tuple[int, ...] = (1, 1)
 
     def reach(self, outputs: int, axis: int) -> int:
         """Input rows (axis 0) or columns (axis 1), padding included, that so many outputs read."""

@@ -1,9 +1,9 @@
-"""Assign blocked layouts: channels in blocks of the device's vector lanes from the first convolution to the last consumer.
+"""Assign blocked layouts: channels in blocks of vector lanes from the first convolution to the last consumer.
 
 Every value may have a planar form, a blocked form, or both; an operator with a blocked rule reads and makes blocked
-forms, any other reads planar ones, and a conversion is emitted once, where a form is first missing. Fillers (lanes beyond
-the last channel) hold arbitrary finite values: packed weights are zero there, and operators that could make them
-infinite run planar unless there are none.
+forms, any other reads planar ones, and a conversion is emitted once, where a form is first missing. Fillers (lanes
+beyond the last channel) hold arbitrary finite values: packed weights are zero there, and operators that could make
+them infinite run planar unless there are none.
 """
 
 from collections.abc import Callable
@@ -30,8 +30,11 @@ from targets.passes.walk import Walk, array_of, ints, operator, rewrite, shape_o
 _FUSES_ELEMENTWISE = {"op_pattern": 4}
 
 _KEEP_FINITE = frozenset(
-    f"relax.{name}" for name in
-    ("nn.relu", "nn.leakyrelu", "nn.gelu", "nn.silu", "nn.softplus", "sigmoid", "tanh", "erf", "negative", "abs", "clip")
+    f"relax.{name}"
+    for name in (
+        "nn.relu", "nn.leakyrelu", "nn.gelu", "nn.silu", "nn.softplus",
+        "sigmoid", "tanh", "erf", "negative", "abs", "clip",
+    )
 )
 _ELEMENTWISE = _KEEP_FINITE | {"relax.exp", "relax.sqrt", "relax.rsqrt", "relax.log"}
 _BINARY = frozenset(f"relax.{name}" for name in ("add", "subtract", "multiply", "divide", "maximum", "minimum"))
@@ -144,10 +147,8 @@ class _Blocker(Walk):
         weights, attrs, given = array_of(call.args[1]), call.attrs, self._block(call.args[0])
         if weights is None or given is None or attrs.kernel_layout != "IOHW" or set(ints(attrs.dilation)) != {1}:
             return None
-        rows, columns = (
-            Phases(weights.shape[2 + axis], ints(attrs.strides)[axis], ints(attrs.padding)[axis], shape_of(call)[2 + axis])
-            for axis in (0, 1)
-        )
+        sizes = zip(weights.shape[2:], ints(attrs.strides), ints(attrs.padding)[:2], shape_of(call)[2:], strict=True)
+        rows, columns = (Phases(*size) for size in sizes)
         if rows.padding >= rows.kernel or columns.padding >= columns.kernel:
             return None
         outputs = Channels((shape_of(call)[1],), self._lanes)
@@ -164,7 +165,9 @@ class _Blocker(Walk):
         if given is None:
             return None
         _, _, height, width = shape_of(call)
-        made = self._kernel(max_pool, given.value, anchors=True, window=window, height=height, width=width, device=self._device)
+        made = self._kernel(
+            max_pool, given.value, anchors=True, window=window, height=height, width=width, device=self._device
+        )
         return Blocked(made, given.channels)
 
     def _average_pool(self, call: Any) -> Blocked | None:

@@ -24,7 +24,8 @@ class _Fold(Walk):
         if first is not None and name == "relax.reshape":
             return relax.const(first.reshape(shape_of(call)))
         if first is not None and name == "relax.permute_dims":
-            return relax.const(np.ascontiguousarray(first.transpose(ints(call.attrs.axes) if call.attrs.axes else None)))
+            axes = ints(call.attrs.axes) if call.attrs.axes else None
+            return relax.const(np.ascontiguousarray(first.transpose(axes)))
         return super().call(var, call)
 
     def _batch_norm(self, call: Any) -> Any:
@@ -46,7 +47,7 @@ class _Fold(Walk):
 
     def _scaled_convolution(self, value: Any, scale: Array) -> tuple[Any, Array] | None:
         """The convolution behind `value` with scaled weights, and its bias; None unless `value` alone reads it."""
-        source = self.bound.get(value)
+        source: Any = self.bound.get(value)
         bias = np.zeros_like(scale)
         if operator(source) == "relax.add" and self.uses[value] == 1:
             constant = array_of(self.read(source.args[1]))

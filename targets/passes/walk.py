@@ -41,7 +41,9 @@ class Walk:
             return relax.Tuple([self.read(part) for part in value.fields])
         if isinstance(value, relax.TupleGetItem):
             whole = self.read(value.tuple_value)
-            return whole.fields[value.index] if isinstance(whole, relax.Tuple) else self.builder.emit(whole[value.index])
+            if isinstance(whole, relax.Tuple):
+                return whole.fields[value.index]
+            return self.builder.emit(whole[value.index])
         return self._new.get(value, value) if isinstance(value, relax.Var) else value
 
     def renewed(self, call: Any) -> Any:

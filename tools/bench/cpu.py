@@ -56,7 +56,7 @@ def peer(program: Program, threads: int) -> Callable[[Array], object]:
 
 
 def latency(run: Callable[[Array], object], x: Array, calls: int) -> float:
-    """Median seconds a call after a pause that lets the other engine's threads fall asleep, and two calls to wake up."""
+    """Median seconds a call, after a pause in which the other engine's threads fall asleep and two calls to warm up."""
     time.sleep(0.01)
     run(x)
     run(x)
@@ -89,7 +89,7 @@ def main() -> None:
                     "case": "latency_ratio", "network": name, "peer": "onnxruntime", "threads": threads,
                     "value": value, "goal": GOAL, "holds": bool(value <= GOAL), "ms": ours_ms, "peer_ms": theirs_ms,
                 })
-                print(f"{name}, {threads} threads: {ours_ms:.3f} ms, ONNX Runtime {theirs_ms:.3f} ms, ratio {value:.2f}")
+                print(f"{name}, {threads} threads: {ours_ms:.3f} ms, ONNX Runtime {theirs_ms:.3f} ms, x{value:.2f}")
                 assert all(np.isfinite(answer).all() for answer in ours(x).values())
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
