@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from compressor.budgets import Budget, margins
 from compressor.errors import CompressError
 from compressor.model import MultiTaskModel
 from compressor.progress import Reporter
-from compressor.workload import Batch, Workload
+from compressor.workload import Batch, Split, Workload
+from profiles.settings import did_you_mean
 
 
 @dataclass
@@ -24,6 +26,7 @@ class Bench:
         original: the network as it was brought; the teacher of every distillation. Never changed.
         budgets: for the tasks that have one.
         multiple: layer widths are rounded to multiples of this (the device's vector width).
+        before: the original's scores on the validate split, once it has been scored.
         directory: where a stage may leave files that belong to its result.
         notes: sentences a stage leaves for the report.
     """
@@ -34,59 +37,110 @@ class Bench:
     multiple: int
     seed: int
     progress: Reporter
-    directory: Path
+    before: Mapping[str, float] = field(default_factory=dict)
+    directory: Path = Path()
     notes: list[str] = field(default_factory=list)
 
     @cached_property
     def validation(self) -> list[Batch]:
         return list(self.workload.batches("validate", self.seed))
 
-    @cached_property
-    def before(self) -> dict[str, float]:
-        """The original's scores on the validate split."""
-        return self.scores(self.original)
-
     def scores(self, model: MultiTaskModel) -> dict[str, float]:
-        """Each scorable task's metric over the whole validate split.
+        """The metric of each task that has labels in the validate split, over all of it.
 
         Raises:
-            CompressError: an answer or a score is not finite, or an answer does not fit its metric.
+            CompressError: an answer or a score is not finite, an answer does not fit its metric, or a task with a
+                budget has no label.
         """
         metrics = dict(self.workload.metrics())
-        if not metrics:
-            return {}
+        seen: set[str] = set()
         model.module.eval()
         with torch.no_grad():
-            for batch in self.validation:
+            for batch in self.validation if metrics else ():
                 answers = model.answers(*batch.inputs)
-                for task in batch.labels.keys() & metrics.keys():
+                for task in [name for name in batch.labels if name in metrics]:
+                    if task not in answers:
+                        raise CompressError(
+                            f"A label of the validate split is for no task: '{task}'.{did_you_mean(task, answers)}"
+                        )
                     if not answers[task].isfinite().all():
                         raise CompressError(f"Task '{task}' answers NaN or infinity on the validate split.")
                     try:
                         metrics[task].update(answers[task], batch.labels[task])
-                    except (RuntimeError, ValueError, IndexError) as error:
+                    except (RuntimeError, ValueError, IndexError, TypeError) as error:
                         shape = tuple(answers[task].shape)
                         raise CompressError(
                             f"Task '{task}' answers with shape {shape}; its metric cannot take that: {error}"
                         ) from error
-        return {name: float(metric.compute()) for name, metric in metrics.items()}
+                    seen.add(task)
+        if lacking := [name for name in self.budgets if name not in seen]:
+            raise CompressError(f"Task '{lacking[0]}' has a budget, but no label in the validate split to hold it to.")
+        found = {task.name: float(metrics[task.name].compute()) for task in model.tasks if task.name in seen}
+        if wrong := [f"'{task}' is {score}" for task, score in found.items() if not isfinite(score)]:
+            raise CompressError(f"The score of task {', '.join(wrong)}: are there NaN among its labels?")
+        return found
 
     def margins(self, scores: Mapping[str, float], slack: float = 1.0) -> dict[str, float]:
         return margins(self.original.tasks, self.budgets, self.before, scores, slack)
 
+    def over(self, scores: Mapping[str, float], slack: float) -> str:
+        """Which task is furthest outside its budget and by how much, as a clause; empty when all are inside."""
+        left = self.margins(scores, slack)
+        worst = min(left, key=lambda name: left[name], default=None)
+        if worst is None or left[worst] >= 0:
+            return ""
+        times = f" (times {slack:g})" if slack != 1 else ""
+        return f"task '{worst}' would leave its budget{times} by {-left[worst]:.4g}"
+
     def calibration(self, count: int) -> list[Batch]:
-        return list(islice(self.workload.batches("calibrate", self.seed), count))
+        """The first batches of the calibrate split, at least one."""
+        found = list(islice(self.workload.batches("calibrate", self.seed), count))
+        if not found:
+            raise CompressError("The workload has no batch in its calibrate split, which this stage reads.")
+        return found
 
     def note(self, text: str) -> None:
         self.notes.append(text)
         self.progress.line(f"  {text}")
 
 
+def rehearse(bench: Bench, splits: tuple[Split, ...]) -> None:
+    """Take one batch of each split through the network and its losses, so that a fault shows before hours of work.
+
+    Raises:
+        CompressError: what is wrong with the batch, or with what the workload makes of it.
+    """
+    names = [task.name for task in bench.original.tasks]
+    for split in splits:
+        batch = next(iter(bench.workload.batches(split, bench.seed)), None)
+        if batch is None:
+            raise CompressError(f"The workload has no batch in its {split} split, which the stages read.")
+        if not isinstance(batch, Batch):
+            raise CompressError(f"The workload's {split} split yields a {type(batch).__name__}, not a workload.Batch.")
+        if unknown := [name for name in batch.labels if name not in names]:
+            raise CompressError(
+                f"A label of the {split} split is for no task: '{unknown[0]}'.{did_you_mean(unknown[0], names)}"
+            )
+        try:
+            answers = bench.original.answers(*batch.inputs)
+            losses = dict(bench.workload.losses(answers, batch)) if batch.labels else {}
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            raise CompressError(
+                f"The first batch of the {split} split fails: {type(error).__name__}: {error}"
+            ) from error
+        for name, loss in losses.items():
+            if name not in names:
+                raise CompressError(f"losses() names no task: '{name}'.{did_you_mean(name, names)}")
+            if loss.dim() != 0 or not loss.isfinite():
+                raise CompressError(
+                    f"The loss of task '{name}' on the {split} split should be one finite number, "
+                    f"not {loss.tolist() if loss.numel() == 1 else tuple(loss.shape)}."
+                )
+
+
 def reestimate_batchnorm(module: nn.Module, batches: list[Batch]) -> None:
     """Replace the running statistics of every batch norm by plain averages over the given batches."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms or not batches:
-        return
     momenta = [norm.momentum for norm in norms]
     module.eval()
     for norm in norms:
@@ -94,7 +148,7 @@ def reestimate_batchnorm(module: nn.Module, batches: list[Batch]) -> None:
         norm.momentum = None  # cumulative average
         norm.train()
     with torch.no_grad():
-        for batch in batches:
+        for batch in batches if norms else ():
             module(*batch.inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -9,10 +9,10 @@ import onnx
 from compressor.errors import CompressError
 from compressor.export import run, session
 from compressor.report.schema import Latency
-from compressor.verify import TOLERANCE, Compared, difference
+from compressor.verify import Compared, compare, difference, onnx_answers, told
 from profiles.measure import interleave, ratio
 from targets import artifact as artifacts
-from targets.base import Array, Artifact
+from targets.base import Array, Artifact, Program
 from targets.registry import target as find_target
 
 
@@ -25,19 +25,16 @@ def verify_artifact(folder: Path, count: int, inputs: list[tuple[Array, ...]] | 
     """
     built = artifacts.read(folder)
     runner = find_target(built.manifest.target).load(built, threads=1)
-    trusted = session(_model(built))
+    trusted = onnx_answers(Program(built.manifest.program, _model(built), built.manifest.tasks))
+    pairs = [(runner(*x), trusted(*x)) for x in inputs or [_random(built, seed) for seed in range(count)]]
     found = []
-    tried = inputs or [_random(built, seed) for seed in range(count)]
-    pairs = [(run(trusted, x), runner(*x)) for x in tried]
     for task in built.manifest.tasks:
-        error = max(difference(want[task], have[task]) for want, have in pairs)
-        scale = max(float(np.abs(want[task].astype(np.float64)).max(initial=0.0)) for want, _ in pairs)
-        accepted = TOLERANCE.get(str(pairs[0][0][task].dtype), 0.0) * max(scale, 1e-6)
-        if not error <= accepted:
-            raise CompressError(
-                f"Task '{task}' of '{folder}' differs from ONNX Runtime by {error:.2e} (tolerance {accepted:.2e})."
-            )
-        found.append(Compared("artifact", task, error, accepted))
+        answers = [(want[task], have[task]) for have, want in pairs]
+        compared = compare("artifact", task, answers)
+        if not compared.holds:
+            worst = max(answers, key=lambda pair: difference(*pair))
+            raise CompressError(f"Task '{task}' of '{folder}' {told(compared, *worst)} ONNX Runtime.")
+        found.append(compared)
     return found
 
 

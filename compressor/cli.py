@@ -3,17 +3,29 @@
 Exit codes: 0 done, 1 something the user can fix, 2 usage, 3 built but a task is outside its budget.
 """
 
+import functools
+import inspect as inspection
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compressor.errors import CompressError
+from profiles.errors import ProfileError
+from targets.errors import TargetError
+
 if TYPE_CHECKING:
     from compressor.pipeline import Job
+    from compressor.report.schema import Report
+
+OUTSIDE_BUDGET = 3
+INTERRUPTED = 130
+
 
 app = typer.Typer(
     help="Compress a trained multi-task network inside each task's accuracy budget, and compile every task's pathway.",
@@ -29,12 +41,42 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's value; may be repeated.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show the traceback of an error.")]
-
-OUTSIDE_BUDGET = 3
 
 
-@app.command()
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks and warnings.")]
+
+
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a function a verb with `-v`; without it an error is one message, and third parties' warnings are mute."""
+
+    @functools.wraps(function)
+    def quietly(*, verbose: bool, **options: Any) -> None:
+        if verbose:
+            function(**options)
+            return
+        warnings.simplefilter("ignore")
+        try:
+            function(**options)
+        except (CompressError, TargetError, ProfileError) as error:
+            typer.echo(f"compress: {error}", err=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            typer.echo("compress: stopped; the same command goes on from the last finished stage.", err=True)
+            raise typer.Exit(INTERRUPTED) from error
+        except (typer.Exit, BrokenPipeError):
+            raise
+        except Exception as error:
+            typer.echo(f"compress: {type(error).__name__}: {error} (-v shows where)", err=True)
+            raise typer.Exit(1) from error
+
+    known = inspection.signature(function)
+    option = inspection.Parameter("verbose", inspection.Parameter.KEYWORD_ONLY, default=False, annotation=Verbose)
+    quietly.__signature__ = known.replace(parameters=[*known.parameters.values(), option])  # type: ignore[attr-defined]
+    quietly.__annotations__ = {**function.__annotations__, "verbose": Verbose}
+    return app.command()(quietly)
+
+
+@verb
 def run(
     recipe: RecipePath,
     out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder.")] = Path("runs/latest"),
@@ -44,7 +86,6 @@ def run(
     ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its cost; write nothing.")] = False,
     as_json: AsJson = False,
-    verbose: Verbose = False,
 ) -> None:
     """Compress, compile, verify and measure, as a recipe says; write artifacts and a report."""
     from compressor import pipeline
@@ -52,47 +93,38 @@ def run(
     job = _job(recipe, overrides)
     if dry_run:
         plan = pipeline.dry_run(job, out)
-        _print(plan, as_json, _plan_lines(plan))
+        if as_json:
+            _print_json(plan)
+        else:
+            _print_plan(plan)
         return
     report = pipeline.run(job, out, shlex.join(["compress", *sys.argv[1:]]), resume)
-    lines = [_task_line(task) for task in report.tasks]
-    lines += [_artifact_line(row) for row in report.artifacts]
-    lines.append(f"report: {out / 'report.html'}")
-    _print(report.model_dump(mode="json", by_alias=True), as_json, lines)
+    _print_report(report, out, as_json)
     if any(task.within_budget is False for task in report.tasks):
         raise typer.Exit(OUTSIDE_BUDGET)
 
 
-@app.command()
-def inspect(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False, verbose: Verbose = False) -> None:
+@verb
+def inspect(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show a network's tasks: what each needs, what it shares, what is its own."""
-    from rich.console import Console
-    from rich.table import Table
-
     from compressor.inspection import inspect as inspected
 
-    job = _job(recipe, overrides)
+    job = _job(recipe, overrides, builds=False)
     rows = inspected(job.model, job.task_sets)
     if as_json:
-        _print(
-            [
-                {"tasks": r.tasks, "macs": r.macs, "parameters": r.parameters, "shared": r.shared, "private": r.private}
-                for r in rows
-            ],
-            True,
-            [],
-        )
+        names = ("tasks", "macs", "parameters", "shared", "private")
+        _print_json([{name: getattr(row, name) for name in names} for row in rows])
         return
-    table = Table("task set", "MACs", "parameters", "shared", "private")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        figures = (row.parameters, row.shared, row.private)
-        table.add_row(" + ".join(row.tasks), f"{row.macs / 1e6:,.1f} M", *(f"{n:,}" for n in figures))
-    Console().print(table)
+    _print_table(
+        ("task set", "MACs", "parameters", "shared", "private"),
+        [
+            (" + ".join(r.tasks), f"{r.macs / 1e6:,.1f} M", f"{r.parameters:,}", f"{r.shared:,}", f"{r.private:,}")
+            for r in rows
+        ],
+    )
 
 
-@app.command()
+@verb
 def verify(
     artifact: ArtifactPath,
     recipe: Annotated[
@@ -101,7 +133,6 @@ def verify(
     overrides: Overrides = None,
     inputs: Annotated[int, typer.Option(min=1, help="How many inputs.")] = 4,
     as_json: AsJson = False,
-    verbose: Verbose = False,
 ) -> None:
     """Check an artifact against its manifest, then its answers against ONNX Runtime's."""
     from compressor.checks import verify_artifact
@@ -110,146 +141,168 @@ def verify(
     if recipe is not None:
         from compressor.deploy import real_inputs
 
-        job = _job(recipe, overrides)
+        job = _job(recipe, overrides, builds=False)
         given = [tuple(t.numpy() for t in x) for x in real_inputs(job.model, job.bench, inputs)]
     compared = verify_artifact(artifact, inputs, given)
-    rows = [{"task": c.task, "max_abs_error": c.max_abs_error, "tolerance": c.tolerance} for c in compared]
-    _print(
-        rows,
-        as_json,
-        [f"{c.task}: within {c.max_abs_error:.1e} of ONNX Runtime (tolerance {c.tolerance:.1e})" for c in compared],
+    if as_json:
+        _print_json([{"task": c.task, "max_abs_error": c.max_abs_error, "tolerance": c.tolerance} for c in compared])
+        return
+    _print_table(
+        ("task", "differs from ONNX Runtime by", "tolerance"),
+        [(c.task, f"{c.max_abs_error:.1e}", f"{c.tolerance:.1e}") for c in compared],
     )
 
 
-@app.command()
+@verb
 def bench(
     artifact: ArtifactPath,
     threads: Annotated[int, typer.Option(min=1, help="Threads of an inference.")] = 1,
     seconds: Annotated[float, typer.Option(min=0.1, help="Longest sampling.")] = 10.0,
     samples: Annotated[int, typer.Option(min=10, help="Samples wanted.")] = 662,
     as_json: AsJson = False,
-    verbose: Verbose = False,
 ) -> None:
     """Measure an artifact's latency beside its own graph in ONNX Runtime, taking turns."""
     from compressor.checks import bench_artifact
 
     found = bench_artifact(artifact, threads, seconds, samples)
-    _print(
-        found,
-        as_json,
+    if as_json:
+        _print_json(found)
+        return
+    percentiles = ("p50", "p90", "p95", "p99")
+    _print_table(
+        ("engine", *(f"{p} ms" for p in percentiles), "samples"),
         [
-            f"{name}: p50 {row['p50']:.3f} ms, "
-            + ", ".join(
-                f"{p} {row[p]:.3f} ms" if row[p] is not None else f"{p} not supported by n = {row['n']}"
-                for p in ("p90", "p95", "p99")
-            )
+            (name, *("-" if row[p] is None else f"{row[p]:.3f}" for p in percentiles), str(row["n"]))
             for name, row in found["engines"].items()
-        ]
-        + [f"artifact / ONNX Runtime: {found['ratio']:.2f} (under 1 is faster)"],
+        ],
     )
+    sys.stdout.write(f"artifact / ONNX Runtime: {found['ratio']:.2f} (under 1 is faster)\n")
 
 
-@app.command()
+@verb
 def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
-    as_json: AsJson = False,
-    verbose: Verbose = False,
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")], as_json: AsJson = False
 ) -> None:
     """Draw report.html anew from report.json, and print the verdict."""
     from compressor.report import read, write
 
     found = read(run_folder)
     write(found, run_folder)
-    lines = [_task_line(task) for task in found.tasks] + [_artifact_line(row) for row in found.artifacts]
-    _print(found.model_dump(mode="json", by_alias=True), as_json, [*lines, f"report: {run_folder / 'report.html'}"])
+    _print_report(found, run_folder, as_json)
 
 
-@app.command()
+@verb
 def targets(as_json: AsJson = False) -> None:
     """List the targets."""
     from targets.registry import TARGETS
 
-    _print(list(TARGETS), as_json, list(TARGETS))
+    if as_json:
+        _print_json(list(TARGETS))
+    else:
+        sys.stdout.write("".join(f"{name}\n" for name in TARGETS))
 
 
-@app.command()
+@verb
 def devices(as_json: AsJson = False) -> None:
     """List the device profiles."""
     from profiles.device import load, names
 
     found = [load(name) for name in names()]
-    width = max(len(d.name) for d in found)
-    _print(
-        [d.model_dump(mode="json") for d in found],
-        as_json,
-        [f"{d.name:{width}}  {d.kind:4}  {d.description}" for d in found],
-    )
+    if as_json:
+        _print_json([device.model_dump(mode="json") for device in found])
+    else:
+        _print_table(("device", "kind", ""), [(d.name, d.kind, d.description) for d in found], figures=False)
 
 
 def main() -> None:
-    """The entry point: errors the user can fix become one message and exit code 1."""
-    from compressor.errors import CompressError
-    from profiles.errors import ProfileError
-    from targets.errors import TargetError
-
-    try:
-        app()
-    except (CompressError, TargetError, ProfileError) as error:
-        if any(flag in sys.argv for flag in ("-v", "--verbose")):
-            raise
-        sys.stderr.write(f"compress: {error}\n")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.stderr.write("compress: stopped; run the same command again to go on from the last finished stage.\n")
-        sys.exit(130)
+    """The entry point."""
+    app(prog_name="compress")
 
 
-def _job(path: Path, overrides: Sequence[str] | None) -> "Job":
+def _job(path: Path, overrides: Sequence[str] | None, *, builds: bool = True) -> "Job":
     from compressor import pipeline, recipe
     from compressor.progress import Reporter
 
     loaded, base = recipe.load(path, tuple(overrides or ()))
-    return pipeline.prepare(loaded, base, Reporter())
+    return pipeline.prepare(loaded, base, Reporter(), builds=builds)
 
 
-def _print(value: Any, as_json: bool, lines: Sequence[str]) -> None:
-    sys.stdout.write(json.dumps(value, indent=1) + "\n" if as_json else "".join(f"{line}\n" for line in lines))
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
 
 
-def _task_line(task: Any) -> str:
-    if task.before is None or task.after is None:
-        return f"{task.name}: not scored"
-    told = f"{task.name}: {task.metric} {task.before:.4g} -> {task.after:.4g}"
-    if task.margin is None:
-        return told
-    return told + (
-        f", inside its budget of {task.budget_text}"
-        if task.within_budget
-        else f", OUTSIDE its budget of {task.budget_text} by {-task.margin:.4g}"
+def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, figures: bool = True) -> None:
+    """Aligned columns, all but the first to the right if they hold figures; never cut where nobody's window is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, title in enumerate(header):
+        table.add_column(title, justify="right" if index and figures else "left", no_wrap=not sys.stdout.isatty())
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+
+
+def _print_report(report: "Report", folder: Path, as_json: bool) -> None:
+    if as_json:
+        _print_json(report.model_dump(mode="json", by_alias=True))
+        return
+    _print_table(
+        ("task", "metric", "before", "after", "budget", "left of it", "verdict"),
+        [
+            (
+                task.name,
+                task.metric,
+                *("-" if score is None else f"{score:.4g}" for score in (task.before, task.after)),
+                task.budget_text or "-",
+                "-" if task.margin is None else f"{task.margin:.4g}",
+                {True: "inside", False: "OUTSIDE", None: "-"}[task.within_budget],
+            )
+            for task in report.tasks
+        ],
     )
+    if report.artifacts:
+        sys.stdout.write("\n")
+        _print_table(
+            ("artifact", "device", "MACs", "parameters", "threads", "p50 ms", "dense / this"),
+            [
+                (
+                    row.name,
+                    row.device,
+                    f"{row.macs / 1e6:,.1f} M",
+                    f"{row.parameters:,}",
+                    str(row.threads) if row.latency_ms else "-",
+                    f"{row.latency_ms.p50:.3f}" if row.latency_ms else "not measured",
+                    f"{1 / row.ratio_to_dense.value:.1f}x" if row.ratio_to_dense else "-",
+                )
+                for row in report.artifacts
+            ],
+        )
+    for warning in report.warnings:
+        sys.stdout.write(f"\n{warning}")
+    sys.stdout.write(f"\n{folder / 'report.html'}\n")
 
 
-def _artifact_line(row: Any) -> str:
-    told = f"{row.name} ({row.device}): {row.macs / 1e6:.1f} M MACs, {row.parameters:,} parameters"
-    if row.latency_ms is None:
-        return told + ", not measured"
-    told += f", {row.latency_ms.p50:.2f} ms at {row.threads} thread{'s' * (row.threads > 1)}"
-    return told + (
-        f", {1 / row.ratio_to_dense.value:.1f}x faster than {row.ratio_to_dense.baseline}" if row.ratio_to_dense else ""
+def _print_plan(plan: dict[str, Any]) -> None:
+    sys.stdout.write(
+        f"{plan['name']}: {plan['macs'] / 1e6:.1f} M MACs, {plan['parameters']:,} parameters; "
+        f"{plan['target']} target, device {plan['device']}\n"
+        f"budgets: {', '.join(f'{task} {budget}' for task, budget in plan['budgets'].items()) or 'none'}\n"
     )
-
-
-def _plan_lines(plan: dict[str, Any]) -> list[str]:
-    lines = [
-        f"{plan['name']}: {plan['macs'] / 1e6:.1f} M MACs, {plan['parameters']:,} parameters, "
-        f"{plan['target']} target, device {plan['device']}"
-    ]
-    for index, stage in enumerate(plan["stages"], 1):
-        cost = "done before" if stage["done"] else f"about {stage['seconds']:.0f} s of training"
-        lines.append(f"stage {index} {stage['kind']}: {stage['train_steps']} training steps, {cost}")
-    lines.append(f"artifacts: {', '.join(plan['artifacts'])}")
-    lines.append(f"measuring: at most {plan['measure_seconds']:.0f} s")
-    return lines
+    _print_table(
+        ("stage", "kind", "training steps", "about"),
+        [
+            (
+                str(index),
+                stage["kind"],
+                str(stage["train_steps"]),
+                "done before" if stage["done"] else f"{stage['seconds']:.0f} s",
+            )
+            for index, stage in enumerate(plan["stages"], 1)
+        ],
+    )
+    sys.stdout.write(f"artifacts: {', '.join(plan['artifacts'])}\nmeasuring: at most {plan['measure_seconds']:.0f} s\n")
 
 
 if __name__ == "__main__":

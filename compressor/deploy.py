@@ -16,18 +16,23 @@ from compressor.bench import Bench
 from compressor.export import to_program
 from compressor.model import SURGERY, WEIGHTS, MultiTaskModel
 from compressor.pathway import Pathway, extract
-from compressor.store import Store
+from compressor.store import Store, key_of, writing
 from compressor.verify import Answer, Compared, climb
 from profiles.device import Device
 from targets import artifact as artifacts
-from targets.base import Artifact, Program, Target
+from targets.base import Artifact, Program, Runner, Target
 from targets.errors import TargetError
 from targets.lower import reference
 
 
 @dataclass(frozen=True, slots=True)
 class Deployed:
-    """One built and verified artifact."""
+    """One built artifact.
+
+    Attributes:
+        verified: what the ladder compared; empty when this machine cannot run the artifact.
+        unverified: then, why it cannot.
+    """
 
     pathway: Pathway
     program: Program
@@ -36,6 +41,7 @@ class Deployed:
     nonzero_parameters: int
     compile_s: float
     verified: tuple[Compared, ...]
+    unverified: str
     resumed: bool
 
 
@@ -48,36 +54,47 @@ def deploy(
     store: Store,
     inputs: int,
 ) -> Deployed:
-    """Cut, export, plan, build and verify one task set's artifact in `artifacts/<name>`.
+    """Cut, export, plan, build and verify one task set's artifact; only then does it become `artifacts/<name>`.
 
     A folder that already holds the artifact of the same plan is kept, and so is the proof that it was verified.
 
     Raises:
-        CompressError, TargetError: whatever of these steps failed; an artifact that fails verification is removed.
+        CompressError, TargetError: whatever of these steps failed; the artifact that failed is gone.
     """
     pathway = extract(model, tasks)
     exported, program = to_program(pathway, model.inputs, bench.workload.normalisation)
     plan = target.plan(program, device)
-    directory = store.directory / "artifacts" / program.name
-    key = plan.digest()
-    proof = store.facts("verified", key)
+    final = store.directory / "artifacts" / program.name
     sizes = (pathway.parameters(model), nonzero(pathway, model))
-    if proof is not None and (built := _already(directory, key)) is not None:
+    key = key_of(plan.digest(), inputs)
+    proof = store.facts("verified", key)
+    built = _already(final, plan.digest())
+    if proof is not None and built is not None:
         verified = tuple(Compared(**row) for row in proof["verified"])
-        return Deployed(pathway, program, built, *sizes, proof["compile_s"], verified, resumed=True)
+        unverified = "" if verified else _refusal(target, built)
+        if verified or unverified:
+            return Deployed(pathway, program, built, *sizes, proof["compile_s"], verified, unverified, resumed=True)
+    draft = final.with_name(f".{final.name}")
     begun = time.monotonic()
-    built = target.build(plan, directory, _files(model, pathway), _about(pathway, sizes, bench))
-    compile_s = time.monotonic() - begun
-    if not _runs_here(target, built):
-        return Deployed(pathway, program, built, *sizes, compile_s, (), resumed=False)
+    built = target.build(plan, draft, _files(model, pathway), _about(pathway, sizes, bench))
+    facts: dict[str, Any] = {"compile_s": time.monotonic() - begun, "verified": []}
     try:
-        verified = tuple(_verify(model, pathway, (exported, program), built, target, device, bench, inputs))
-    except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
-    with store.entry("verified", key, {"compile_s": compile_s, "verified": [asdict(row) for row in verified]}):
+        unverified = _refusal(target, built)
+        verified = ()
+        if not unverified:
+            runner = target.load(built, threads=1)
+            verified = tuple(_verify(model, pathway, (exported, program), runner, target, device, bench, inputs))
+        facts["verified"] = [asdict(row) for row in verified]
+        with writing(final):
+            if final.exists():
+                shutil.rmtree(final)
+            draft.rename(final)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    with store.entry("verified", key, facts):
         pass
-    return Deployed(pathway, program, built, *sizes, compile_s, verified, resumed=False)
+    built = artifacts.read(final)
+    return Deployed(pathway, program, built, *sizes, facts["compile_s"], verified, unverified, resumed=False)
 
 
 def _already(directory: Path, plan: str) -> Artifact | None:
@@ -91,19 +108,20 @@ def _already(directory: Path, plan: str) -> Artifact | None:
     return found if found.manifest.plan == plan else None
 
 
-def _runs_here(target: Target, built: Artifact) -> bool:
+def _refusal(target: Target, built: Artifact) -> str:
+    """Why this machine cannot run an artifact; empty when it can."""
     try:
         target.load(built, threads=1)
-    except TargetError:
-        return False
-    return True
+    except TargetError as error:
+        return str(error)
+    return ""
 
 
 def _verify(
     model: MultiTaskModel,
     pathway: Pathway,
     programs: tuple[Program, Program],
-    built: Artifact,
+    built: Runner,
     target: Target,
     device: Device,
     bench: Bench,
@@ -114,27 +132,26 @@ def _verify(
             part = target.build(target.plan(program, device), Path(folder) / "part", {}, {})
             return target.load(part, threads=1)
 
-    return climb(model, pathway, programs, real_inputs(model, bench, count), reference, partial, target.load(built, 1))
+    return climb(model, pathway, programs, real_inputs(model, bench, count), reference, partial, built)
 
 
 def real_inputs(model: MultiTaskModel, bench: Bench, count: int) -> list[tuple[Tensor, ...]]:
-    """Up to `count` inputs of the artifact's static shape, cut from the validate split; example inputs where it is empty."""
+    """Up to `count` inputs of the artifact's static shape from the validate split; example inputs where it is empty."""
     found: list[tuple[Tensor, ...]] = []
     size = model.inputs[0].shape[0]
     for batch in bench.validation:
         rows = batch.inputs[0].shape[0]
-        for first in range(0, rows - size + 1, size):
+        for first in range(0, min(rows, 2 * size) - size + 1, size):  # two a batch, to spread over the split
             taken = tuple(x[first : first + size].contiguous() for x in batch.inputs)
             if all(t.shape == e.shape for t, e in zip(taken, model.inputs, strict=True)):
                 found.append(taken)
             if len(found) == count:
                 return found
-            if first >= size:  # spread over batches
-                break
     return found or [model.inputs]
 
 
 def nonzero(pathway: Pathway, model: MultiTaskModel) -> int:
+    """How many of a pathway's trained values are not zero."""
     trained = {name for name, _ in model.module.named_parameters(remove_duplicate=False)}
     return sum(int((tensor != 0).sum()) for name, tensor in pathway.tensors.items() if name in trained)
 
@@ -146,12 +163,10 @@ def _files(model: MultiTaskModel, pathway: Pathway) -> dict[str, bytes]:
         for dim in range(tensor.dim()):
             before = model.kept.get(name, {}).get(dim)
             now = pathway.kept.get(name, {}).get(dim)
-            if before is None and now is None:
-                continue
-            kept = list(before if before is not None else now or ())
-            if before is not None and now is not None:
-                kept = [before[k] for k in now]
-            record.setdefault(name, {})[str(dim)] = kept
+            if now is not None:
+                record.setdefault(name, {})[str(dim)] = [before[k] for k in now] if before is not None else list(now)
+            elif before is not None:
+                record.setdefault(name, {})[str(dim)] = list(before)
     surgery = json.dumps({"schema": "taskpress.surgery/1", "kept": record}).encode()
     weights = to_safetensors({name: tensor.detach().clone().contiguous() for name, tensor in pathway.tensors.items()})
     return {WEIGHTS: weights, SURGERY: surgery}

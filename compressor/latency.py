@@ -1,8 +1,9 @@
 """Latency of artifacts and of what they replace, engines taking turns in one run."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,24 @@ from compressor.export import run, session, to_program
 from compressor.model import MultiTaskModel
 from compressor.pathway import extract
 from compressor.recipe import Recipe
-from profiles.measure import Cold, Measurement, cold, interleave
-from targets.base import Array, Target
+from profiles.measure import Measurement, cold, interleave
+from targets.base import Array, Program, Target
+
+DENSE = "onnxruntime, original network"
+EAGER = "eager PyTorch, original network"
 
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """One engine at one thread count: `samples_ms` each enclose one inference, inputs in memory to answers in memory."""
+    """One engine at one thread count: `samples_ms` each enclose one inference, inputs in memory to answers in memory.
+
+    Attributes:
+        name: what was timed, for people; of an artifact, its folder's name.
+        artifact: the artifact that was timed, or whose graph was; empty for the original network.
+    """
 
     name: str
+    artifact: str
     tasks: tuple[str, ...]
     threads: int
     samples_ms: tuple[float, ...]
@@ -39,7 +49,7 @@ class Timed:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """`artifacts` are named as their folders; `baselines` after the engine and what it ran."""
+    """What was timed: the artifacts, and what stands beside them."""
 
     artifacts: tuple[Timed, ...]
     baselines: tuple[Timed, ...]
@@ -55,8 +65,15 @@ class Timings:
         return cls(tuple(map(timed, facts["artifacts"])), tuple(map(timed, facts["baselines"])))
 
 
-DENSE = "onnxruntime, original network"
-EAGER = "eager PyTorch, original network"
+@dataclass(frozen=True, slots=True)
+class _Engine:
+    """Something to time: `load` opens it, `call` runs one inference on what `load` returned."""
+
+    name: str
+    artifact: str
+    tasks: tuple[str, ...]
+    load: Callable[[], Any]
+    call: Callable[[Any], object]
 
 
 def time_all(
@@ -65,66 +82,65 @@ def time_all(
     """Artifacts, the original network in ONNX Runtime and in eager PyTorch, and each artifact's own graph in ONNX
     Runtime, at each thread count of the recipe that this machine has.
     """
-    tensors = real_inputs(original, bench, 1)[0]
-    arrays = tuple(t.numpy() for t in tensors)
-    tasks = tuple(task.name for task in original.tasks)
-    dense = to_program(extract(original, tasks), original.inputs)[1]
+    inputs = real_inputs(original, bench, 1)[0]
+    dense = to_program(extract(original, [task.name for task in original.tasks]), original.inputs)[1]
+    verified = [made for made in deployed if made.verified]
+    names = {made.program.name for made in verified}
     artifacts: list[Timed] = []
     baselines: list[Timed] = []
     here = len(os.sched_getaffinity(0))
+    before = torch.get_num_threads()
     for threads in [count for count in recipe.threads if count <= here]:
-        bench.progress.line(f"Measuring with {threads} thread{'s' * (threads > 1)}")
-        runs: dict[str, Callable[[], object]] = {}
-        opened: dict[str, tuple[tuple[str, ...], Cold, bool]] = {}
-
-        def add(
-            name: str,
-            tasks: tuple[str, ...],
-            load: Callable[[], Any],
-            call: Callable[[Any], object],
-            ours: bool,
-            runs: dict[str, Callable[[], object]] = runs,
-            opened: dict[str, tuple[tuple[str, ...], Cold, bool]] = opened,
-        ) -> None:
-            loaded, once = cold(load, call)
-            runs[name] = lambda: call(loaded)
-            opened[name] = (tasks, once, ours)
-
-        for made in (d for d in deployed if d.verified):
-            folder, proto = made.artifact, made.program.model
-            name = made.program.name
-            add(name, made.program.tasks, lambda a=folder, n=threads: target.load(a, n), lambda r: r(*arrays), True)  # type: ignore[misc]
-            add(
-                f"onnxruntime, {name} artifact's graph",
-                made.program.tasks,
-                lambda m=proto, n=threads: session(m, n),
-                lambda s: run(s, arrays),
-                False,
-            )  # type: ignore[misc]
-        add(DENSE, tasks, lambda n=threads: session(dense.model, n), lambda s: run(s, arrays), False)  # type: ignore[misc]
-        add(EAGER, tasks, lambda: original, lambda m, n=threads: _eager(m, tensors, n), False)  # type: ignore[misc]
-        before = torch.get_num_threads()
-        how = recipe.measure
+        bench.progress.line(
+            f"Measuring with {threads} thread{'s' * (threads > 1)}, at most {recipe.measure.seconds:.0f} s"
+        )
+        engines = list(_engines(original, verified, dense, target, threads, inputs))
         try:
-            seen = interleave(
-                runs, warmup_s=how.warmup_seconds, min_samples=how.samples, max_seconds=how.seconds, seed=recipe.seed
-            )
+            for timed in _time(engines, threads, recipe):
+                (artifacts if timed.name in names else baselines).append(timed)
         finally:
             torch.set_num_threads(before)
-        for name, measured in seen.items():
-            tasks_of, once, ours = opened[name]
-            timed = Timed(
-                name,
-                tasks_of,
-                threads,
-                measured.samples_ms,
-                measured.warmup_calls,
-                measured.stable,
-                once.load_ms,
-                once.first_ms,
-            )
-            (artifacts if ours else baselines).append(timed)
     return Timings(tuple(artifacts), tuple(baselines))
+
+
+def _engines(
+    original: MultiTaskModel,
+    deployed: Sequence[Deployed],
+    dense: Program,
+    target: Target,
+    threads: int,
+    inputs: tuple[Tensor, ...],
+) -> Iterator[_Engine]:
+    arrays = tuple(t.numpy() for t in inputs)
+    for made in deployed:
+        name, tasks, artifact = made.program.name, made.program.tasks, made.artifact
+        yield _Engine(name, name, tasks, partial(target.load, artifact, threads), lambda runner: runner(*arrays))
+        graph, load = f"onnxruntime, {name} artifact's graph", partial(session, made.program.model, threads)
+        yield _Engine(graph, name, tasks, load, lambda loaded: run(loaded, arrays))
+    yield _Engine(DENSE, "", dense.tasks, partial(session, dense.model, threads), lambda loaded: run(loaded, arrays))
+    yield _Engine(EAGER, "", dense.tasks, lambda: original, lambda model: _eager(model, inputs, threads))
+
+
+def _time(engines: Sequence[_Engine], threads: int, recipe: Recipe) -> Iterator[Timed]:
+    opened = [cold(engine.load, engine.call) for engine in engines]
+    runs = {e.name: partial(e.call, loaded) for e, (loaded, _) in zip(engines, opened, strict=True)}
+    how = recipe.measure
+    seen = interleave(
+        runs, warmup_s=how.warmup_seconds, min_samples=how.samples, max_seconds=how.seconds, seed=recipe.seed
+    )
+    for engine, (_, once) in zip(engines, opened, strict=True):
+        found = seen[engine.name]
+        yield Timed(
+            engine.name,
+            engine.artifact,
+            engine.tasks,
+            threads,
+            found.samples_ms,
+            found.warmup_calls,
+            found.stable,
+            once.load_ms,
+            once.first_ms,
+        )
 
 
 def _eager(model: MultiTaskModel, inputs: tuple[Tensor, ...], threads: int) -> list[Array]:

@@ -1,35 +1,34 @@
 """The one place that knows the order: check everything, compress, cut, compile, verify, measure, report."""
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from compressor import recipe as recipes
-from compressor.bench import Bench
+from compressor.bench import Bench, rehearse
 from compressor.budgets import Budget
 from compressor.deploy import Deployed, deploy
 from compressor.errors import CompressError
+from compressor.factory import make_workload
 from compressor.latency import Timings, time_all
 from compressor.model import MultiTaskModel, load_checkpoint
-from compressor.pathway import count_macs
 from compressor.progress import Reporter
 from compressor.recipe import Recipe
 from compressor.record import StageRecord, make_report, sizes_of
 from compressor.report import write
 from compressor.report.schema import Report
-from compressor.stages import Stage
-from compressor.store import Store, opened
+from compressor.store import Store, key_of, opened
 from compressor.trace import trace
+from compressor.training import Training, train
 from profiles import device as devices
 from profiles.device import Device
-from profiles.host import environment
+from profiles.host import Environment, environment
 from profiles.settings import did_you_mean
 from targets.base import Target
 from targets.registry import target as find_target
@@ -40,7 +39,6 @@ class Job:
     """A recipe with everything it names found and checked; nothing has been trained or written."""
 
     recipe: Recipe
-    base: Path
     model: MultiTaskModel
     bench: Bench
     target: Target
@@ -49,29 +47,29 @@ class Job:
     start: str
 
     def keys(self) -> list[str]:
-        """A key for each stage: what it starts from, its own settings, and the code that runs it."""
+        """A key for each stage: what it starts from, its own settings, and the width it rounds to."""
         found, key = [], self.start
-        for stage in self.stages:
-            settings = json.dumps(stage.model_dump(mode="json"), sort_keys=True)  # type: ignore[attr-defined]
-            key = hashlib.sha256(f"{key}|{settings}|{self.bench.multiple}|{_code()}".encode()).hexdigest()
+        for stage in self.recipe.stages:
+            key = key_of(key, stage.model_dump(), self.bench.multiple)
             found.append(key)
         return found
 
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        return recipes.stages_of(self.recipe)
 
-
-def prepare(recipe: Recipe, base: Path, progress: Reporter) -> Job:
+def prepare(recipe: Recipe, base: Path, progress: Reporter, *, builds: bool = True) -> Job:
     """Find and check all that a run needs, so that nothing fails for lack of it after hours of work.
+
+    Args:
+        builds: whether artifacts will be compiled, so that the compiler must be there.
 
     Raises:
         CompressError, TargetError, ProfileError: the first thing that is missing or does not fit.
     """
     target = find_target(recipe.target)
     device = devices.load(recipe.device)
-    target.check(device)
-    workload = recipes.load_workload(recipe.workload, base)
+    if builds:
+        target.check(device)
+    table = recipe.workload
+    workload = make_workload(table.factory, table.options, table.paths, base)
     names = [task.name for task in workload.tasks]
     if unknown := [name for name in recipe.budgets if name not in names]:
         told = "; ".join(f"no task '{name}'.{did_you_mean(name, names)}" for name in unknown)
@@ -79,13 +77,13 @@ def prepare(recipe: Recipe, base: Path, progress: Reporter) -> Job:
     sets = recipes.task_sets(recipe, names)
     if unscored := [name for name in recipe.budgets if name not in workload.metrics()]:
         raise CompressError(f"[budgets] '{unscored[0]}' has a budget, but the workload has no metric for it.")
-    checkpoint = recipes.checkpoint(recipe.workload, base)
+    checkpoint = recipes.checkpoint(table, base)
     torch.manual_seed(recipe.seed)
     model = load_checkpoint(workload, checkpoint)
     trace(model)
     budgets = {name: Budget.parse(text) for name, text in recipe.budgets.items()}
-    bench = Bench(workload, model, budgets, device.channel_multiple, recipe.seed, progress, Path())
-    return Job(recipe, base, model, bench, target, device, tuple(sets), recipes.fingerprint(recipe, base))
+    bench = Bench(workload, model, budgets, device.channel_multiple, recipe.seed, progress)
+    return Job(recipe, model, bench, target, device, tuple(sets), recipes.fingerprint(recipe, base))
 
 
 def run(job: Job, out: Path, command: str, resume: bool = True) -> Report:
@@ -95,119 +93,112 @@ def run(job: Job, out: Path, command: str, resume: bool = True) -> Report:
         CompressError, TargetError, ProfileError: what was given, what is possible, the nearest fix.
     """
     begun = time.monotonic()
-    progress, bench = job.bench.progress, job.bench
+    bench = job.bench
     with opened(out, resume) as store:
-        surroundings = environment()
-        before = _scored(store, job.start, job.model, bench)
-        bench.__dict__["before"] = before  # what `Bench.before` would compute again
+        bench.before = _scored(job, store)
         model, stages = _compress(job, store)
-        after = stages[-1].scores if stages else before
         deployed = [_deploy(job, model, tasks, store) for tasks in job.task_sets]
-        timings = _measured(job, store, deployed)
+        timings, surroundings = _measured(job, store, deployed)
         report = make_report(
             recipe=job.recipe,
             command=command,
             created=datetime.now(UTC),
             duration_s=time.monotonic() - begun,
             bench=bench,
-            before=before,
-            after=after,
+            after=stages[-1].scores if stages else bench.before,
             model=model,
             stages=stages,
             deployed=deployed,
             timings=timings,
             device=job.device,
             directory=out,
-            environment=surroundings.later(),
+            environment=surroundings,
         )
         write(report, out)
-    progress.line(f"Report: {out / 'report.html'}")
     return report
 
 
-def _compress(job: Job, store: Store) -> tuple[MultiTaskModel, list[StageRecord]]:
-    model, records = job.model, []
-    for index, (stage, key) in enumerate(zip(job.stages, job.keys(), strict=True)):
-        kind = f"{index:02d}-{stage.kind}"
-        facts = store.facts(kind, key)
-        if facts is not None:
-            job.bench.progress.line(
-                f"Stage {index + 1} ({stage.kind}): done before, taken from {store.path(kind, key)}"
-            )
-            model = MultiTaskModel.load(store.path(kind, key), job.bench.workload)
-            records.append(StageRecord(index, stage.kind, key, resumed=True, **facts))
-            continue
-        job.bench.progress.line(f"Stage {index + 1} ({stage.kind})")
-        facts = {}
-        with store.entry(kind, key, facts) as folder:
-            begun = time.monotonic()
-            job.bench.directory = folder
-            job.bench.notes.clear()
-            model = stage.run(model, job.bench)
-            facts["seconds"] = time.monotonic() - begun
-            facts["scores"] = job.bench.scores(model)
-            facts["macs"], facts["parameters"], facts["nonzero_parameters"] = sizes_of(model)
-            facts["note"] = " ".join(job.bench.notes)
-            model.save(folder)
-        records.append(StageRecord(index, stage.kind, key, resumed=False, **facts))
-        told = ", ".join(f"{name} {score:.4g}" for name, score in facts["scores"].items())
-        job.bench.progress.line(f"  {told}; {facts['seconds']:.0f} s")
-    return model, records
-
-
-def _scored(store: Store, start: str, model: MultiTaskModel, bench: Bench) -> dict[str, float]:
-    key = hashlib.sha256(f"{start}|{_code()}".encode()).hexdigest()
+def _scored(job: Job, store: Store) -> dict[str, float]:
+    """The original's scores."""
+    key = key_of(job.start)
     facts = store.facts("original", key)
     if facts is None:
-        bench.progress.line("Scoring the original network")
-        facts = {"scores": bench.before}
+        job.bench.progress.line("Scoring the original network")
+        if any(stage.train_steps for stage in job.recipe.stages):
+            rehearse(job.bench, ("train", "calibrate"))
+        facts = {"scores": job.bench.scores(job.model)}
         with store.entry("original", key, facts):
             pass
+        job.bench.progress.line(f"  {_told(facts['scores'])}")
     found: dict[str, float] = facts["scores"]
     return found
+
+
+def _compress(job: Job, store: Store) -> tuple[MultiTaskModel, list[StageRecord]]:
+    model, records, bench = job.model, [], job.bench
+    for index, (stage, key) in enumerate(zip(job.recipe.stages, job.keys(), strict=True)):
+        entry = f"{index:02d}-{stage.kind}"
+        facts = store.facts(entry, key)
+        resumed = facts is not None
+        bench.progress.line(f"Stage {index + 1} ({stage.kind})" + (", done before" if resumed else ""))
+        if facts is None:
+            facts = {}
+            with store.entry(entry, key, facts) as folder:
+                begun = time.monotonic()
+                bench.directory, bench.notes = folder, []
+                model = stage.run(model, bench)
+                macs, parameters, nonzero = sizes_of(model)
+                facts |= {
+                    "seconds": time.monotonic() - begun,
+                    "scores": bench.scores(model),
+                    "macs": macs,
+                    "parameters": parameters,
+                    "nonzero_parameters": nonzero,
+                    "note": " ".join(bench.notes),
+                }
+                model.save(folder)
+        else:
+            model = MultiTaskModel.load(store.path(entry, key), bench.workload)
+        records.append(StageRecord(index, stage.kind, key, resumed=resumed, **facts))
+        bench.progress.line(f"  {_told(facts['scores'])}; took {facts['seconds']:.0f} s")
+    return model, records
 
 
 def _deploy(job: Job, model: MultiTaskModel, tasks: tuple[str, ...], store: Store) -> Deployed:
     job.bench.progress.line(f"Artifact {'+'.join(tasks)} for {job.device.name} ({job.target.name})")
     made = deploy(model, tasks, job.target, job.device, job.bench, store, job.recipe.verify_inputs)
     how = "kept as it was" if made.resumed else f"compiled in {made.compile_s:.1f} s"
-    proof = "verified" if made.verified else "cannot run on this machine: not verified, not measured"
-    job.bench.progress.line(f"  {made.pathway.macs / 1e6:.1f} M MACs, {made.parameters} parameters; {how}; {proof}")
+    proof = "verified" if made.verified else f"neither verified nor measured: {made.unverified}"
+    job.bench.progress.line(f"  {made.pathway.macs / 1e6:.1f} M MACs, {made.parameters:,} parameters; {how}; {proof}")
     return made
 
 
-def _measured(job: Job, store: Store, deployed: list[Deployed]) -> Timings:
+def _measured(job: Job, store: Store, deployed: list[Deployed]) -> tuple[Timings, Environment]:
+    """Timings, and the surroundings in which they were taken."""
+    surroundings = environment()
     if not any(made.verified for made in deployed):
-        return Timings((), ())
+        return Timings((), ()), surroundings
+    recipe = job.recipe
+    here = [surroundings.cpu, surroundings.affinity, surroundings.variables]
     plans = [made.artifact.manifest.plan for made in deployed]
-    how = job.recipe.measure.model_dump(mode="json")
-    key = hashlib.sha256(json.dumps([plans, job.recipe.threads, how, job.start, _code()]).encode()).hexdigest()
+    key = key_of(job.start, plans, recipe.threads, recipe.measure.model_dump(), here)
+    known = TypeAdapter(Environment)
     facts = store.facts("measured", key)
     if facts is None:
         facts = {}
         with store.entry("measured", key, facts):
-            facts.update(time_all(job.model, deployed, job.target, job.recipe, job.bench).to_json())
-    return Timings.from_json(facts)
-
-
-def _code() -> str:
-    """SHA-256 of the code whose change makes stored work stale."""
-    here = Path(__file__).parent
-    sha = hashlib.sha256()
-    for folder in (here, here / "stages", here / "criteria"):
-        for source in sorted(folder.glob("*.py")):
-            sha.update(source.read_bytes())
-    return sha.hexdigest()
+            facts["timings"] = time_all(job.model, deployed, job.target, recipe, job.bench).to_json()
+            facts["environment"] = asdict(surroundings.later())
+    return Timings.from_json(facts["timings"]), known.validate_python(facts["environment"])
 
 
 def dry_run(job: Job, out: Path, clock: Callable[[], float] = time.monotonic) -> dict[str, Any]:
-    """What `run` would do and what it would cost; trains two steps on a copy to say how long, writes nothing."""
-    from compressor.training import Training, train
-
-    network = trace(job.model)
-    dense, _ = count_macs(network)
+    """What `run` would do and what it would cost; trains a few steps on a copy to say how long, writes nothing."""
+    stages = job.recipe.stages
+    macs, parameters, _ = sizes_of(job.model)
     step_s = 0.0
-    if any(stage.train_steps for stage in job.stages):
+    if any(stage.train_steps for stage in stages):
+        rehearse(job.bench, ("train", "calibrate"))
         copy = job.model.clone()
         train(copy, job.bench, Training(steps=1), "trying one step", job.recipe.seed)
         begun = clock()
@@ -218,17 +209,23 @@ def dry_run(job: Job, out: Path, clock: Callable[[], float] = time.monotonic) ->
         "name": job.recipe.name,
         "target": job.target.name,
         "device": job.device.name,
-        "macs": dense,
-        "parameters": sizes_of(job.model)[1],
+        "macs": macs,
+        "parameters": parameters,
+        "budgets": {name: str(budget) for name, budget in job.bench.budgets.items()},
         "stages": [
             {
                 "kind": stage.kind,
                 "train_steps": stage.train_steps,
                 "seconds": stage.train_steps * step_s,
                 "done": store.facts(f"{index:02d}-{stage.kind}", key) is not None,
+                "settings": stage.model_dump(),
             }
-            for index, (stage, key) in enumerate(zip(job.stages, job.keys(), strict=True))
+            for index, (stage, key) in enumerate(zip(stages, job.keys(), strict=True))
         ],
         "artifacts": ["+".join(tasks) for tasks in job.task_sets],
         "measure_seconds": len(job.recipe.threads) * job.recipe.measure.seconds,
     }
+
+
+def _told(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name} {score:.4g}" for name, score in scores.items()) or "no task is scored"

@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 
 class Reporter:
-    """Lines and bars on stderr."""
+    """Lines and bars on stderr; where that is no terminal, a line about what is under way every `every_s` seconds."""
 
     def __init__(self, every_s: float = 15.0) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -22,22 +22,25 @@ class Reporter:
 
     def track(self, items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
         """Yield the items, showing how far and how long."""
-        if self.console.is_terminal:
-            columns = (
-                TextColumn("  {task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-            )
-            with Progress(*columns, console=self.console, transient=True) as bar:
-                yield from bar.track(items, total=total, description=title)
-            return
+        return self._bar(items, title, total) if self.console.is_terminal else self._lines(items, title, total)
+
+    def _bar(self, items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            yield from bar.track(items, total=total, description=title)
+
+    def _lines(self, items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
         begun = last = time.monotonic()
         for done, item in enumerate(items):
             now = time.monotonic()
-            if now - last > self.every_s and done:
+            if done and now - last >= self.every_s:
                 left = (now - begun) / done * (total - done)
                 self.line(f"  {title}: {done}/{total}, about {left:.0f} s left")
                 last = now

@@ -1,23 +1,19 @@
 """A recipe: one TOML file that says what to compress, how far, for which device; validated before any work starts."""
 
 import hashlib
-import importlib
-import importlib.util
 import inspect
 import json
-import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
-from pydantic import Field, TypeAdapter, ValidationError, field_validator
+from pydantic import Field, InstanceOf, ValidationError, field_validator
 
 from compressor.budgets import Budget
 from compressor.errors import CompressError
-from compressor.stages import STAGES, AnyStage, Stage
-from compressor.workload import Workload
+from compressor.factory import module_of
+from compressor.stages import STAGES, Stage
 from profiles.settings import Settings, did_you_mean, faults
 
 
@@ -57,6 +53,7 @@ class Recipe(Settings):
         target, device: a name in `compress targets` and one in `compress devices` (or a path to a profile).
         threads: thread counts to measure with.
         task_sets: which pathways become artifacts: "each" task alone, "all" together, or lists of names.
+        stages: in order; `load` makes each from its table and STAGES.
         verify_inputs: how many validation inputs climb the verification ladder.
     """
 
@@ -69,7 +66,7 @@ class Recipe(Settings):
     verify_inputs: int = Field(ge=1, default=4)
     workload: WorkloadTable
     budgets: Mapping[str, str | float] = {}
-    stages: tuple[AnyStage, ...] = ()
+    stages: tuple[InstanceOf[Stage], ...] = ()
     measure: MeasureTable = MeasureTable()
 
     @field_validator("budgets")
@@ -85,8 +82,8 @@ class Recipe(Settings):
     @field_validator("threads")
     @classmethod
     def _threads_positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if not value or min(value) < 1:
-            raise ValueError("thread counts are 1 or more")
+        if not value or min(value) < 1 or len(set(value)) < len(value):
+            raise ValueError("thread counts are 1 or more, each named once")
         return value
 
 
@@ -99,18 +96,17 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
     if path.is_dir():
         path = path / "recipe.toml"
     try:
-        raw = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise CompressError(f"There is no recipe at {path}.") from None
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CompressError(f"There is no recipe to read at {path}: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise CompressError(f"{path} is not TOML: {error}.") from None
     for text in overrides:
         _override(raw, text)
     raw.setdefault("name", path.resolve().parent.name)
-    found = _stage_faults(raw)
-    rest = {key: value for key, value in raw.items() if key != "stages"} if found else raw
+    stages, found = _stages(raw.get("stages", []))
     try:
-        recipe = Recipe.model_validate(rest)
+        recipe = Recipe.model_validate({**raw, "stages": stages})
     except ValidationError as error:
         found = faults(error, Recipe) + found
     if found:
@@ -120,23 +116,24 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
     return recipe, path.resolve().parent
 
 
-def _stage_faults(raw: Mapping[str, Any]) -> list[str]:
-    """Faults of each stage table, named "Stage 1 (prune)"."""
-    stages = raw.get("stages", [])
-    if not isinstance(stages, list):
-        return ["'stages' is a list of tables: write [[stages]]."]
+def _stages(tables: object) -> tuple[list[Stage], list[str]]:
+    """Each stage table as its stage, and the faults of those that are none, named "Stage 1 (prune)"."""
+    if not isinstance(tables, list):
+        return [], ["'stages' is a list of tables: write [[stages]]."]
+    made: list[Stage] = []
     found = []
-    for number, table in enumerate(stages, 1):
-        kind = table.get("kind") if isinstance(table, dict) else None
-        if kind not in STAGES:
-            named = f"no stage kind '{kind}'.{did_you_mean(str(kind), STAGES)}" if kind else "'kind' is missing."
-            found.append(f"Stage {number}: {named}")
-            continue
-        try:
-            TypeAdapter(STAGES[kind]).validate_python(table)
-        except ValidationError as error:
-            found += faults(error, STAGES[kind], f"Stage {number} ({kind})")
-    return found
+    for number, table in enumerate(tables, 1):
+        kind = str(table["kind"]) if isinstance(table, dict) and "kind" in table else None
+        if kind is None:
+            found.append(f"Stage {number}: 'kind' is missing. Possible: {', '.join(STAGES)}.")
+        elif kind not in STAGES:
+            found.append(f"Stage {number}: no stage kind '{kind}'.{did_you_mean(kind, STAGES)}")
+        else:
+            try:
+                made.append(cast(Stage, STAGES[kind].model_validate(table)))
+            except ValidationError as error:
+                found += faults(error, STAGES[kind], f"Stage {number} ({kind})")
+    return made, found
 
 
 def _override(raw: dict[str, Any], text: str) -> None:
@@ -161,35 +158,6 @@ def _override(raw: dict[str, Any], text: str) -> None:
         raise CompressError(f"--set {key}: there is no such place in the recipe.") from None
 
 
-def load_workload(table: WorkloadTable, base: Path) -> Workload:
-    """Make the workload a recipe names.
-
-    Raises:
-        CompressError: no such file, module or class, options that its constructor does not take, or an object that
-            lacks a part of the Workload protocol.
-    """
-    where, _, name = table.factory.partition(":")
-    module = _module_of(where, base)
-    factory = getattr(module, name, None)
-    if factory is None:
-        classes = [n for n, c in vars(module).items() if inspect.isclass(c) and c.__module__ == module.__name__]
-        raise CompressError(f"{where} has no '{name}'.{did_you_mean(name, classes)}")
-    known = inspect.signature(factory).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in known.values()) and (
-        extra := sorted({*table.options, *table.paths} - set(known))
-    ):
-        raise CompressError(f"{table.factory} takes no option '{extra[0]}'.{did_you_mean(extra[0], known)}")
-    options = dict(table.options) | {key: str((base / path).resolve()) for key, path in table.paths.items()}
-    made = factory(**options)
-    parts = ("tasks", "normalisation", "build", "example_inputs", "batches", "losses", "metrics")
-    if lacking := [part for part in parts if not hasattr(made, part)]:
-        raise CompressError(f"{table.factory} is no workload: it lacks {', '.join(lacking)}.")
-    names = [task.name for task in made.tasks]
-    if not names or len(set(names)) < len(names):
-        raise CompressError(f"{table.factory}: task names must be there and differ, not {names}.")
-    return cast(Workload, made)
-
-
 def checkpoint(table: WorkloadTable, base: Path) -> Path | None:
     return (base / table.checkpoint).resolve() if table.checkpoint else None
 
@@ -204,6 +172,8 @@ def task_sets(recipe: Recipe, tasks: Sequence[str]) -> list[tuple[str, ...]]:
             found[tuple(tasks)] = None
         else:
             wanted = [item] if isinstance(item, str) else list(item)
+            if not wanted:
+                raise CompressError("task_sets: a set names one task or more, or write 'each' or 'all'.")
             if unknown := [name for name in wanted if name not in tasks]:
                 raise CompressError(
                     f"task_sets: no task '{unknown[0]}'.{did_you_mean(unknown[0], [*tasks, 'each', 'all'])}"
@@ -213,52 +183,22 @@ def task_sets(recipe: Recipe, tasks: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def fingerprint(recipe: Recipe, base: Path) -> str:
-    """SHA-256 of what the compression of a recipe starts from: workload code and options, checkpoint, seed, budgets."""
+    """SHA-256 of what the compression of a recipe starts from: seed, budgets, the workload's options and code (its
+    folder), the checkpoint, and name, size and time of every file below `paths`.
+    """
     sha = hashlib.sha256()
-    where = recipe.workload.factory.partition(":")[0]
-    if where.endswith(".py"):
-        for source in sorted((base / where).resolve().parent.glob("*.py")):
-            sha.update(source.read_bytes())
-    weights = checkpoint(recipe.workload, base)
-    if weights is not None:
-        sha.update(hashlib.sha256(weights.read_bytes()).digest())
-    facts = recipe.workload.model_dump(mode="json") | {"seed": recipe.seed}
-
-    facts["budgets"] = dict(recipe.budgets)
-    sha.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    module = module_of(recipe.workload.factory.partition(":")[0], base)
+    for source in sorted(Path(inspect.getfile(module)).parent.glob("*.py")):
+        sha.update(source.read_bytes())
+    if (weights := checkpoint(recipe.workload, base)) is not None:
+        with weights.open("rb") as stream:
+            sha.update(hashlib.file_digest(stream, "sha256").digest())
+    facts = recipe.workload.model_dump(mode="json", exclude={"checkpoint", "paths"})
+    data = [fact for path in recipe.workload.paths.values() for fact in _files(base / path)]
+    sha.update(json.dumps([facts, data, recipe.seed, dict(recipe.budgets)], sort_keys=True, default=str).encode())
     return sha.hexdigest()
 
 
-def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
-    return cast(tuple[Stage, ...], recipe.stages)
-
-
-def _module_of(where: str, base: Path) -> ModuleType:
-    if not where.endswith(".py"):
-        try:
-            return importlib.import_module(where)
-        except ModuleNotFoundError as error:
-            raise CompressError(f"The workload's module cannot be imported: {error}.") from error
-    path = (base / where).resolve()
-    if not path.is_file():
-        raise CompressError(f"There is no workload file at {path}.")
-    package = "workload_" + hashlib.sha256(str(path.parent).encode()).hexdigest()[:12]
-    if package not in sys.modules:  # a package for the folder, so that the file may import its neighbours
-        holder = ModuleType(package)
-        holder.__path__ = [str(path.parent)]
-        sys.modules[package] = holder
-    name = f"{package}.{path.stem}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException as error:
-        del sys.modules[name]
-        if isinstance(error, Exception):
-            raise CompressError(f"{path} cannot be imported: {type(error).__name__}: {error}.") from error
-        raise
-    return module
+def _files(path: Path) -> list[tuple[str, int, int]]:
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path] * path.exists()
+    return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

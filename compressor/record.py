@@ -4,8 +4,8 @@ import base64
 import hashlib
 import io
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from compressor.recipe import Recipe
 from compressor.report.schema import (
     ArtifactResult,
     BaselineResult,
-    LayerResult,
     Latency,
+    LayerResult,
     PairedRatio,
     Picture,
     Report,
@@ -68,7 +68,6 @@ def make_report(
     created: datetime,
     duration_s: float,
     bench: Bench,
-    before: Mapping[str, float],
     after: Mapping[str, float],
     model: MultiTaskModel,
     stages: Sequence[StageRecord],
@@ -80,6 +79,7 @@ def make_report(
 ) -> Report:
     """Everything the run knows, as the report's schema has it."""
     original = _size(bench.original)
+    before = bench.before
     split = _split_sha256(bench) if before else None
     budgets = bench.budgets
     tasks = tuple(
@@ -105,7 +105,7 @@ def make_report(
         duration_s=duration_s,
         original=original,
         tasks=tasks,
-        stages=tuple(StageResult(**_fields(stage)) for stage in stages),
+        stages=tuple(StageResult(**asdict(stage)) for stage in stages),
         layers=_layers(bench.original, model),
         artifacts=tuple(row for made in deployed for row in _artifact_rows(made, timings, device, directory)),
         baselines=tuple(_baseline(timed, original, deployed) for timed in timings.baselines),
@@ -113,10 +113,6 @@ def make_report(
         pictures=_pictures(bench, model),
         warnings=tuple(_warnings(recipe, stages, deployed, timings)),
     )
-
-
-def _fields(stage: StageRecord) -> dict[str, object]:
-    return {name: getattr(stage, name) for name in StageRecord.__dataclass_fields__}
 
 
 def _size(model: MultiTaskModel) -> Size:
@@ -151,7 +147,8 @@ def _artifact_rows(made: Deployed, timings: Timings, device: Device, directory: 
         Verified(rung=c.rung, task=c.task, max_abs_error=c.max_abs_error, tolerance=c.tolerance) for c in made.verified
     )
     rows = []
-    for timed in [t for t in timings.artifacts if t.name == made.program.name] or [None]:
+    mine: list[Timed | None] = [timed for timed in timings.artifacts if timed.artifact == made.program.name]
+    for timed in mine or [None]:
         dense = next((b for b in timings.baselines if timed and b.name == DENSE and b.threads == timed.threads), None)
         rows.append(
             ArtifactResult(
@@ -180,7 +177,7 @@ def _artifact_rows(made: Deployed, timings: Timings, device: Device, directory: 
 
 
 def _baseline(timed: Timed, original: Size, deployed: Sequence[Deployed]) -> BaselineResult:
-    own = next((d for d in deployed if timed.name.endswith(f", {d.program.name} artifact's graph")), None)
+    own = next((made for made in deployed if made.program.name == timed.artifact), None)
     return BaselineResult(
         name=timed.name,
         tasks=timed.tasks,
@@ -219,7 +216,7 @@ def _first_row(batch: Batch) -> Batch:
     return Batch(tuple(x[:1] for x in batch.inputs), {name: label[:1] for name, label in batch.labels.items()})
 
 
-def _png(image: np.ndarray) -> str:  # type: ignore[type-arg]
+def _png(image: np.ndarray) -> str:
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -237,15 +234,16 @@ def _split_sha256(bench: Bench) -> str:
 
 def _warnings(
     recipe: Recipe, stages: Sequence[StageRecord], deployed: Sequence[Deployed], timings: Timings
-) -> list[str]:
-    told = [f"Stage {stage.index + 1} ({stage.kind}): {stage.note}" for stage in stages if "stopped" in stage.note]
-    measured = {t.threads for t in timings.artifacts}
-    if timings.artifacts and (lacking := [n for n in recipe.threads if n not in measured]):
-        told.append(f"Not measured with {', '.join(map(str, lacking))} threads: this machine has fewer cores.")
-    if elsewhere := [d.program.name for d in deployed if not d.verified]:
-        told.append(
-            f"Built but neither verified nor measured, as this machine cannot run them: {', '.join(elsewhere)}."
-        )
-    if not timings.artifacts or all(t.measurement.stable for t in timings.artifacts):
-        return told
-    return [*told, "Some engines had not settled when their warm-up time was over; see the drift column."]
+) -> Iterator[str]:
+    for stage in stages:
+        if stage.note:
+            yield f"Stage {stage.index + 1} ({stage.kind}): {stage.note}"
+    for made in deployed:
+        if not made.verified:
+            yield f"Artifact '{made.program.name}' was built but neither verified nor measured: {made.unverified}"
+    measured = {timed.threads for timed in timings.artifacts}
+    lacking = [str(count) for count in recipe.threads if count not in measured]
+    if lacking and any(made.verified for made in deployed):
+        yield f"Not measured with {', '.join(lacking)} threads: this process may use fewer cores."
+    if not all(timed.measurement.stable for timed in (*timings.artifacts, *timings.baselines)):
+        yield "Some engines had not settled when their warm-up time was over; see the drift column."

@@ -2,19 +2,27 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from compressor.errors import CompressError
 
 MARK = ".taskpress"
 FACTS = "facts.json"
+LEFTOVERS = ("work/.new-*", "artifacts/.*", ".report.*")
+"""What a killed run may leave: unfinished entries, artifacts and reports, none of them under its final name."""
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class Store:
@@ -27,12 +35,19 @@ class Store:
         return self.directory / "work" / f"{kind}-{key[:16]}"
 
     def facts(self, kind: str, key: str) -> dict[str, Any] | None:
-        """What was recorded with an entry, or None when it is not there (or was not made by this key)."""
+        """What was recorded with an entry, or None when it is not there (or was not made by this key).
+
+        Raises:
+            CompressError: the entry was damaged since.
+        """
         file = self.path(kind, key) / FACTS
         if not file.is_file():
             return None
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return found if found.pop("key") == key else None
+        try:
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return found if found.pop("key") == key else None
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise CompressError(f"'{file}' is damaged ({error}). Remove its folder, or use --no-resume.") from error
 
     @contextmanager
     def entry(self, kind: str, key: str, facts: dict[str, Any]) -> Iterator[Path]:
@@ -49,10 +64,27 @@ class Store:
                 yield folder
                 (folder / FACTS).write_text(json.dumps({"key": key, **facts}, indent=1), encoding="utf-8")
                 sync(folder)
-                shutil.rmtree(final, ignore_errors=True)
+                if final.exists():
+                    shutil.rmtree(final)
                 folder.rename(final)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def key_of(*facts: object) -> str:
+    """SHA-256 of what decides a piece of work (JSON values), and of the code that does it."""
+    return hashlib.sha256(json.dumps([_code(), *facts], sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _code() -> str:
+    """SHA-256 of the code whose change makes stored work stale."""
+    here = Path(__file__).parent
+    sha = hashlib.sha256()
+    for folder in (here, here / "stages", here / "criteria"):
+        for source in sorted(folder.glob("*.py")):
+            sha.update(source.read_bytes())
+    return sha.hexdigest()
 
 
 @contextmanager
@@ -70,29 +102,38 @@ def opened(directory: Path, resume: bool) -> Iterator[Store]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise CompressError(
                 f"Another run is working in '{directory}'. Wait for it, or choose another --out."
             ) from None
-        for left in (directory / "work").glob(".new-*"):  # a killed run's unfinished entry
-            shutil.rmtree(left, ignore_errors=True)
-        if not resume:
-            shutil.rmtree(directory / "work", ignore_errors=True)
+        with writing(directory):
+            _tidy(directory, resume)
         yield Store(directory)
+
+
+def _tidy(directory: Path, resume: bool) -> None:
+    for left in (path for pattern in LEFTOVERS for path in directory.glob(pattern)):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    if not resume and (directory / "work").exists():
+        shutil.rmtree(directory / "work")
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the disk's refusals into one clear message."""
+    """Turn the disk's refusals into one clear message; an error about a file elsewhere passes through."""
     try:
         yield
+    except SafetensorError as error:  # raised for a failed write, without an errno
+        raise CompressError(f"Cannot write '{path}': {error}. Nothing half-written was left.") from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EFBIG):
+        beside = error.filename is not None and Path(str(error.filename)).is_relative_to(path.parent)
+        if error.errno in DISK or beside:
             raise CompressError(f"Cannot write '{path}': {error.strerror}. Nothing half-written was left.") from error
         raise
 
 
 def sync(folder: Path) -> None:
+    """Have a folder and the files in it on the disk before it gets its name."""
     for path in (*folder.iterdir(), folder):
         handle = os.open(path, os.O_RDONLY)
         try:

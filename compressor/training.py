@@ -1,5 +1,6 @@
 """The one training loop: labels where a batch has them, distillation from the original where it has none."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
@@ -11,7 +12,9 @@ from compressor.bench import Bench
 from compressor.errors import CompressError
 from compressor.model import MultiTaskModel
 from compressor.workload import Batch
-from profiles.settings import Settings
+from profiles.settings import Settings, did_you_mean
+
+LARGEST_GRADIENT = 5.0
 
 
 class Training(Settings):
@@ -42,10 +45,11 @@ def train(
     """Train in place, masks held; returns the state after `snapshot` steps when asked for.
 
     Raises:
-        CompressError: the loss is not finite, or a loss is given for no known task.
+        CompressError: the loss is not finite, a batch offers nothing to learn, or a loss weight is for no known task.
     """
-    if unknown := set(how.loss_weights) - {task.name for task in model.tasks}:
-        raise CompressError(f"loss_weights names no task: {', '.join(sorted(unknown))}.")
+    names = [task.name for task in model.tasks]
+    if unknown := sorted(set(how.loss_weights) - set(names)):
+        raise CompressError(f"loss_weights: no task '{unknown[0]}'.{did_you_mean(unknown[0], names)}")
     torch.manual_seed(seed)
     parameters = [p for p in model.module.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.dim() > 1]
@@ -54,21 +58,21 @@ def train(
         [{"params": decayed, "weight_decay": how.weight_decay}, {"params": plain, "weight_decay": 0.0}],
         lr=how.learning_rate,
     )
-    ramp = max(1, round(how.warmup * how.steps))
-    held = [
-        (parameter, model.masks[name]) for name, parameter in model.module.named_parameters() if name in model.masks
-    ]
+    held = [(p, model.masks[name]) for name, p in model.module.named_parameters() if name in model.masks]
     saved = _snapshot(model) if snapshot == 0 else None
     for step, batch in enumerate(bench.progress.track(_batches(bench, how.steps, seed), title, how.steps)):
         for group in optimiser.param_groups:
-            group["lr"] = how.learning_rate * _schedule(step, ramp, how.steps)
+            group["lr"] = how.learning_rate * _schedule(step, how)
         model.module.train()
         loss = _loss(model, bench, how, batch)
         if not loss.isfinite():
             raise CompressError(f"{title}: the loss became {float(loss)} at step {step}; lower learning_rate.")
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+        loss.backward()  # type: ignore[no-untyped-call]
+        for parameter, mask in held:  # before clipping, so that dead weights do not shrink the steps of the others
+            if parameter.grad is not None:
+                parameter.grad.mul_(mask)
+        torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
         optimiser.step()
         with torch.no_grad():
             for parameter, mask in held:
@@ -79,10 +83,11 @@ def train(
     return saved
 
 
-def _schedule(step: int, ramp: int, steps: int) -> float:
+def _schedule(step: int, how: Training) -> float:
+    ramp = max(1, round(how.warmup * how.steps))
     if step < ramp:
         return (step + 1) / ramp
-    return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * (step - ramp) / max(1, steps - ramp)))))
+    return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, how.steps - ramp)))
 
 
 def _batches(bench: Bench, steps: int, seed: int) -> Iterator[Batch]:
@@ -102,24 +107,33 @@ def _batches(bench: Bench, steps: int, seed: int) -> Iterator[Batch]:
 
 def _loss(model: MultiTaskModel, bench: Bench, how: Training, batch: Batch) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how.precision == "bf16"):
-        answers = model.answers(*batch.inputs)
-    answers = {name: answer.float() for name, answer in answers.items()}
+        raw = model.answers(*batch.inputs)
+    answers = {name: answer.float() if answer.is_floating_point() else answer for name, answer in raw.items()}
     losses = dict(bench.workload.losses(answers, batch)) if batch.labels else {}
-    missing = {name for name in answers if name not in losses}
-    distilled = {"missing": missing, "always": set(answers), "never": set()}[how.distill]
-    total = torch.zeros(())
-    for name, loss in losses.items():
-        total = total + how.loss_weights.get(name, 1.0) * loss
+    teachable = {name for name, answer in answers.items() if answer.requires_grad}
+    distilled = {"missing": teachable - set(losses), "always": teachable, "never": set()}[how.distill]
+    terms = [how.loss_weights.get(name, 1.0) * loss for name, loss in losses.items()]
     if distilled:
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=how.precision == "bf16"):
             taught = bench.original.answers(*batch.inputs)
-        for name in sorted(distilled):
-            target = taught[name].float()
-            gap = (answers[name] - target).square().mean() / target.var().clamp_min(1e-6)
-            total = total + how.distill_weight * how.loss_weights.get(name, 1.0) * gap
+        terms += [
+            how.distill_weight * how.loss_weights.get(name, 1.0) * _gap(answers[name], taught[name].float())
+            for name in answers
+            if name in distilled
+        ]
+    total = torch.stack(terms).sum() if terms else torch.zeros(())
     if not total.requires_grad:
-        raise CompressError("A training batch has no label for any task and distill = 'never': nothing to learn from.")
+        raise CompressError(
+            f"A training batch offers nothing to learn: labels for {', '.join(batch.labels) or 'no task'}, "
+            f"distill = '{how.distill}'. Label it, or use distill = 'missing'."
+        )
     return total
+
+
+def _gap(answer: Tensor, taught: Tensor) -> Tensor:
+    """Squared error as a share of what the teacher's answers vary, or of their size where they hardly vary."""
+    spread = torch.maximum(taught.var(correction=0), 0.01 * taught.square().mean())
+    return (answer - taught).square().mean() / spread.clamp_min(1e-12)
 
 
 def _snapshot(model: MultiTaskModel) -> dict[str, Tensor]:

@@ -2,18 +2,19 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from compressor.errors import CompressError
 from compressor.export import run, session
 from compressor.model import MultiTaskModel
 from compressor.pathway import Pathway
 from targets.base import Array, Program
+from targets.errors import TargetError
 
 RUNGS = ("pathway", "onnx", "onnxsim", "relax", "artifact")
 """Each is compared with eager PyTorch; the first that differs is named, with the first layer that differs in it."""
@@ -22,16 +23,21 @@ TOLERANCE: Mapping[str, float] = {"float64": 1e-9, "float32": 1e-4, "float16": 1
 """Largest accepted difference by dtype, as a fraction of the largest magnitude eager answers; other dtypes: equal."""
 
 Answer = Callable[..., Mapping[str, Array]]
+Make = Callable[[Program], Answer]
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One task on one rung: the largest difference to eager over all inputs, and what was accepted."""
+    """One task on one rung: the largest difference over all inputs to what was trusted, and what was accepted."""
 
     rung: str
     task: str
     max_abs_error: float
     tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return self.max_abs_error <= self.tolerance
 
 
 def climb(
@@ -39,15 +45,15 @@ def climb(
     pathway: Pathway,
     programs: tuple[Program, Program],
     inputs: Sequence[tuple[Tensor, ...]],
-    make_relax: Callable[[Program], Answer],
-    make_artifact: Callable[[Program], Answer],
+    make_relax: Make,
+    make_artifact: Make,
     built: Answer,
 ) -> list[Compared]:
     """Compare every rung with eager on every input.
 
     Args:
         programs: the pathway's ONNX as exported, and simplified.
-        make_relax, make_artifact: build a runner for any program; only used for parts of it, to find a wrong layer.
+        make_relax, make_artifact: build a runner for any program; the latter is only asked for parts, to find a layer.
         built: the loaded artifact.
 
     Raises:
@@ -56,35 +62,38 @@ def climb(
     with torch.no_grad():
         eager = [{t: a.numpy() for t, a in model.answers(*x).items() if t in pathway.tasks} for x in inputs]
     exported, simplified = programs
-    relax = make_relax(simplified)
-    answer: dict[str, Answer] = {
-        "pathway": lambda *x: _network(pathway, x),
-        "onnx": _onnx(exported.model),
-        "onnxsim": _onnx(simplified.model),
-        "relax": relax,
-        "artifact": built,
+    arrays = [tuple(t.numpy() for t in x) for x in inputs]
+    rungs: dict[str, Callable[[], Answer]] = {
+        "pathway": lambda: lambda *x: _network(pathway, x),
+        "onnx": lambda: onnx_answers(exported),
+        "onnxsim": lambda: onnx_answers(simplified),
+        "relax": lambda: make_relax(simplified),
+        "artifact": lambda: built,
     }
     found = []
-    arrays = [tuple(t.numpy() for t in x) for x in inputs]
     for rung in RUNGS:
+        answer = rungs[rung]()
+        given = [answer(*x) for x in arrays]
         for task in pathway.tasks:
-            compared = _compare(rung, task, [e[task] for e in eager], [answer[rung](*x)[task] for x in arrays])
-            if not compared.max_abs_error <= compared.tolerance:
-                where = _first_difference(rung, exported, simplified, arrays[0], make_relax, make_artifact)
+            pairs = [(want[task], have[task]) for want, have in zip(eager, given, strict=True)]
+            compared = compare(rung, task, pairs)
+            if not compared.holds:
+                worst = max(range(len(pairs)), key=lambda k: difference(*pairs[k]))
+                suspect = _Suspect(pathway, exported, simplified, make_relax, make_artifact)
+                where = suspect.first_layer(rung, task, arrays[worst])
                 raise CompressError(
-                    f"Task '{task}' of pathway '{pathway.name}': rung '{rung}' differs from eager PyTorch by "
-                    f"{compared.max_abs_error:.2e} (tolerance {compared.tolerance:.2e}){where}. Nothing was deployed."
+                    f"Task '{task}' of pathway '{pathway.name}': rung '{rung}' {told(compared, *pairs[worst])} eager "
+                    f"PyTorch{where}. Nothing was deployed."
                 )
             found.append(compared)
     return found
 
 
-def _compare(rung: str, task: str, wanted: Sequence[Array], given: Sequence[Array]) -> Compared:
-    error, scale = 0.0, 0.0
-    for want, have in zip(wanted, given, strict=True):
-        error = max(error, difference(want, have))
-        scale = max(scale, float(np.abs(want.astype(np.float64)).max(initial=0.0)))
-    return Compared(rung, task, error, TOLERANCE.get(str(wanted[0].dtype), 0.0) * max(scale, 1e-6))
+def compare(rung: str, task: str, pairs: Sequence[tuple[Array, Array]]) -> Compared:
+    """How far what is given (second) is from what is wanted (first), over several inputs."""
+    error = max(difference(want, have) for want, have in pairs)
+    scale = max(float(np.abs(want.astype(np.float64)).max(initial=0.0, where=np.isfinite(want))) for want, _ in pairs)
+    return Compared(rung, task, error, TOLERANCE.get(str(pairs[0][0].dtype), 0.0) * max(scale, 1e-6))
 
 
 def difference(want: Array, have: Array) -> float:
@@ -100,60 +109,114 @@ def difference(want: Array, have: Array) -> float:
     return float(gap.max(initial=0.0))
 
 
+def told(compared: Compared, want: Array, have: Array) -> str:
+    """ "differs by 1.00e-02 (tolerance 1.00e-04) from", or what else is wrong; who is right follows."""
+    if want.shape != have.shape or want.dtype != have.dtype:
+        return f"answers {have.dtype} {have.shape}, not {want.dtype} {want.shape} as"
+    if not np.isfinite(compared.max_abs_error):
+        return "answers NaN or infinity in other places than"
+    return f"differs by {compared.max_abs_error:.2e} (tolerance {compared.tolerance:.2e}) from"
+
+
+def onnx_answers(program: Program) -> Answer:
+    """ONNX Runtime, running the graph as it is written."""
+    loaded = session(program.model, optimised=False)
+    return lambda *x: run(loaded, x)
+
+
 def _network(pathway: Pathway, inputs: tuple[Array, ...]) -> dict[str, Array]:
     with torch.no_grad():
         outputs = pathway.network(*(torch.from_numpy(np.array(x)) for x in inputs))
     return {task: out.numpy() for task, out in zip(pathway.tasks, outputs, strict=True)}
 
 
-def _onnx(model: onnx.ModelProto) -> Answer:
-    loaded: onnxruntime.InferenceSession = session(model)
-    return lambda *x: run(loaded, x)
+@dataclass(frozen=True, slots=True)
+class _Suspect:
+    """A pathway whose forms do not agree, to be searched for the layer where that begins."""
+
+    pathway: Pathway
+    exported: Program
+    simplified: Program
+    make_relax: Make
+    make_artifact: Make
+
+    def first_layer(self, rung: str, task: str, inputs: tuple[Array, ...]) -> str:
+        """ ", first at layer 'x' (Conv)": it differs from the rung before and what it reads does not; "" if unknown."""
+        if rung == "pathway":
+            return ""
+        program = self.exported if rung == "onnx" else self.simplified
+        trusted = {
+            "onnx": lambda: _values_of_network(self.pathway, inputs),
+            "onnxsim": lambda: _values_of_program(self.exported, inputs),
+        }.get(rung, lambda: _values_of_program(self.simplified, inputs))()
+        make = {"relax": self.make_relax, "artifact": self.make_artifact}.get(rung, onnx_answers)
+        nodes = {name: node for name, node in _above(program, task).items() if name in trusted}
+
+        @cache
+        def differs(value: str) -> bool:
+            try:
+                have = _part(program, value, inputs, make)
+            except (TargetError, CompressError):
+                return False  # a part that cannot stand alone tells nothing
+            return not compare(rung, value, [(trusted[value], have)]).holds
+
+        order = list(nodes)
+        if not order or not differs(order[-1]):
+            return ""
+        low, high = 0, len(order) - 1
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if differs(order[middle]) else (middle + 1, high)
+        at = order[low]
+        while (above := next((i for i in nodes[at].input if i in nodes and differs(i)), None)) is not None:
+            at = above
+        return f", first at layer '{at}' ({nodes[at].op_type})"
 
 
-def _first_difference(
-    rung: str,
-    exported: Program,
-    simplified: Program,
-    inputs: tuple[Array, ...],
-    make_relax: Callable[[Program], Answer],
-    make_artifact: Callable[[Program], Answer],
-) -> str:
-    """ ", first at layer 'x' (Conv)" by bisection over the program's values, or "" where it cannot be said."""
-    if rung in ("pathway", "onnx"):
-        return ""
-    suspect = {"onnxsim": _onnx_of, "relax": make_relax, "artifact": make_artifact}[rung]
-    trusted = exported if rung == "onnxsim" else simplified
-    known = {out for node in trusted.model.graph.node for out in node.output}
-    values = [value for value in _values(simplified.model) if value[0] in known]
-
-    def differs(value: str) -> bool:
-        want, have = _part(trusted, value, inputs, _onnx_of), _part(simplified, value, inputs, suspect)
-        return not difference(want, have) <= TOLERANCE["float32"] * max(float(np.abs(want).max(initial=0.0)), 1e-6)
-
-    low, high = 0, len(values) - 1
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if differs(values[middle][0]) else (middle + 1, high)
-    return f", first at layer '{values[low][0]}' ({values[low][1]})" if values else ""
+def _above(program: Program, task: str) -> dict[str, onnx.NodeProto]:
+    """The values a task's answer is computed from, itself included, in graph order, each with the node that does it."""
+    makers = {out: node for node in program.model.graph.node for out in node.output}
+    wanted, open_ = set(), [task]
+    while open_:
+        value = open_.pop()
+        if value in makers and value not in wanted:
+            wanted.add(value)
+            open_ += makers[value].input
+    return {value: node for value, node in makers.items() if value in wanted}
 
 
-def _onnx_of(program: Program) -> Answer:
-    return _onnx(program.model)
+def _values_of_program(program: Program, inputs: tuple[Array, ...]) -> dict[str, Array]:
+    """Every floating-point value a program computes, by ONNX Runtime."""
+    model = onnx.shape_inference.infer_shapes(program.model)
+    graph = model.graph
+    have = {output.name for output in graph.output}
+    made = {out for node in graph.node for out in node.output}
+    graph.output.extend(
+        value
+        for value in graph.value_info
+        if value.name in made - have and value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    )
+    found = run(session(model, optimised=False), inputs)
+    return {name: array for name, array in found.items() if array.dtype.kind == "f"}
 
 
-def _values(model: onnx.ModelProto) -> list[tuple[str, str]]:
-    """(value, operator) of every floating-point value a node computes, in graph order."""
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    floats = {
-        v.name
-        for v in (*inferred.value_info, *inferred.output)
-        if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
-    }
-    return [(out, node.op_type) for node in model.graph.node for out in node.output if out in floats]
+def _values_of_network(pathway: Pathway, inputs: tuple[Array, ...]) -> dict[str, Array]:
+    """Every floating-point value the traced network computes; the exporter calls its values as the graph does."""
+    seen: dict[str, Array] = _network(pathway, inputs)
+
+    class Recording(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> object:
+            result = super().run_node(node)
+            if isinstance(result, Tensor) and result.is_floating_point():
+                seen[node.name] = result.detach().numpy()
+            return result
+
+    with torch.no_grad():
+        Recording(pathway.network).run(*(torch.from_numpy(np.array(x)) for x in inputs))
+    return seen
 
 
-def _part(program: Program, value: str, inputs: tuple[Array, ...], make: Callable[[Program], Answer]) -> Array:
+def _part(program: Program, value: str, inputs: tuple[Array, ...], make: Make) -> Array:
     """What a runner of the part of a program up to one value answers there."""
     extractor = onnx.utils.Extractor(onnx.shape_inference.infer_shapes(program.model))
     part = extractor.extract_model([i.name for i in program.model.graph.input], [value])

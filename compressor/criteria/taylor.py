@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from compressor.bench import Bench
+from compressor.errors import CompressError
 from compressor.groups import Prunable
 from compressor.model import MultiTaskModel, get_tensor
 from compressor.workload import Batch
@@ -17,17 +18,26 @@ def score(model: MultiTaskModel, prunable: Prunable, bench: Bench, batches: int)
     respect to a gate on it whatever operator wrote it; before a batch norm the writer's own sum would always be zero.
     A task without a label in a batch is scored by a random projection of its answer.
 
+    Raises:
+        CompressError: a task's loss has no gradient or is not finite.
+
     Source: Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, eq. 8, one row per task.
     """
-    reads = [(axis, prunable.channels.axes[axis], get_tensor(model.module, axis.tensor)) for axis in prunable.reads()]
-    weights = [weight for _, _, weight in reads]
+    probe = model.clone()
+    probe.module.eval()
+    reads = [(axis, prunable.channels.axes[axis], get_tensor(probe.module, axis.tensor)) for axis in prunable.reads()]
+    weights = [weight.requires_grad_() for _, _, weight in reads]  # frozen ones too
     total_TC = torch.zeros(len(model.tasks), prunable.class_count)
     generator = torch.Generator().manual_seed(bench.seed)
-    model.module.eval()
     seen = bench.calibration(batches)
     for batch in seen:
-        losses = _losses(model, bench, batch, generator)
+        losses = _losses(probe, bench, batch, generator)
         for row, task in enumerate(model.tasks):
+            if not losses[task.name].requires_grad or not losses[task.name].isfinite():
+                raise CompressError(
+                    f"Task '{task.name}': its loss has no gradient or is not finite on the calibrate split, "
+                    "so 'taylor' cannot score channels for it. Answer with logits, or use criterion = 'magnitude'."
+                )
             gradients = torch.autograd.grad(losses[task.name], weights, retain_graph=True, allow_unused=True)
             change_C = torch.zeros(prunable.class_count)
             for (axis, classes, weight), gradient in zip(reads, gradients, strict=True):
@@ -35,7 +45,7 @@ def score(model: MultiTaskModel, prunable: Prunable, bench: Bench, batches: int)
                     others = [dim for dim in range(weight.dim()) if dim != axis.dim]
                     change_C.index_add_(0, classes, (gradient * weight.detach()).sum(others))
             total_TC[row] += change_C.square()
-    return total_TC / max(1, len(seen))
+    return total_TC / len(seen)
 
 
 def _losses(model: MultiTaskModel, bench: Bench, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:

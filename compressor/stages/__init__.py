@@ -1,8 +1,7 @@
 """Stages by name: each a frozen config that is its own behaviour."""
 
-from typing import Annotated, Protocol
-
-from pydantic import Field
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 from compressor.bench import Bench
 from compressor.model import MultiTaskModel
@@ -10,24 +9,28 @@ from compressor.stages.finetune import Finetune
 from compressor.stages.pathway import Pathway
 from compressor.stages.prune import Prune
 from compressor.stages.ticket import Ticket
+from profiles.settings import Settings
 
 
+@runtime_checkable
 class Stage(Protocol):
-    """Takes a model, returns a new one; `kind` is its name in a recipe, `train_steps` what it costs."""
+    """Takes a model, returns a new one; `kind` is its name in a recipe, `train_steps` what it costs.
 
-    kind: str
+    A stage is a `profiles.settings.Settings`: its settings are checked when the recipe is read, and decide with the
+    code whether stored work is still good.
+    """
 
     @property
+    def kind(self) -> str: ...
+    @property
     def train_steps(self) -> int: ...
-
+    def model_dump(self) -> dict[str, Any]: ...
     def run(self, model: MultiTaskModel, bench: Bench) -> MultiTaskModel: ...
 
 
-STAGES = {
+STAGES: Mapping[str, type[Settings]] = {
     "prune": Prune,
     "ticket": Ticket,
     "finetune": Finetune,
     "pathway": Pathway,
 }
-
-AnyStage = Annotated[Prune | Ticket | Finetune | Pathway, Field(discriminator="kind")]

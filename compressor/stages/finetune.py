@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from compressor.bench import Bench, reestimate_batchnorm
 from compressor.model import MultiTaskModel
 from compressor.training import Training, train
@@ -14,7 +16,7 @@ class Finetune(Training):
     """
 
     kind: Literal["finetune"]
-    calibrate_batches: int = 0
+    calibrate_batches: int = Field(ge=0, default=0)
 
     @property
     def train_steps(self) -> int:

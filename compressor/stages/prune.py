@@ -1,5 +1,7 @@
 """Global channel pruning inside each task's budget."""
 
+from collections.abc import Mapping
+from math import ceil
 from typing import Literal
 
 import torch
@@ -7,6 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compressor.bench import Bench, reestimate_batchnorm
+from compressor.costs import Costs, Ledger
 from compressor.criteria import CRITERIA
 from compressor.errors import CompressError
 from compressor.groups import Group, Prunable
@@ -15,20 +18,23 @@ from compressor.training import Training, train
 from profiles.settings import Settings, did_you_mean
 
 EXACT = 1e-6
+"""Largest difference accepted between removed and zeroed channels, relative to the largest answer, in float64."""
 
 
 class Prune(Settings):
     """Remove the channels worth least per multiply-add and parameter they cost, in rounds, until the goal is met.
 
     Attributes:
-        macs, parameters: fraction of the original's to keep (0-1); at least one is needed, every given one is met.
+        macs, parameters: fraction of what the stage was given to keep (0-1); at least one is needed, every given one
+            is met.
         rounds: the goal is approached geometrically; importance is measured anew in each round.
         criterion: a name in CRITERIA.
         combine: how a channel's importance to each task becomes one number: each task's row is first scaled to sum 1
             and divided by the task's budget relative to the others, then "max" protects what any one task needs, "sum"
             trades tasks against each other.
+        batches: calibration batches that importance and batch norm are measured on.
         slack: budgets are multiplied by this while pruning, since a later `finetune` wins much of the drop back.
-        keep_at_least: no group goes below this fraction of its width.
+        keep_at_least: no group goes below this fraction of the width it came with.
         round_to: widths become multiples of this; 0 means the device's vector width.
         recover: a short training after each round, before it is judged.
     """
@@ -61,122 +67,136 @@ class Prune(Settings):
         """The furthest point towards the goal at which every task is inside its (slackened) budget."""
         start = Prunable.of(model)
         full = start.cost(start.keep_all())
-        refused: set[str] = set()
-        good = model
+        multiple = self.round_to or bench.multiple
+        floors = {
+            group.name: max(min(multiple, len(group)), ceil(self.keep_at_least * len(group))) for group in start.groups
+        }
+        good, goal = model, full
         for turn in range(1, self.rounds + 1):
-            share = turn / self.rounds
-            goal = tuple(
-                full[k] if fraction is None else int(full[k] * fraction**share)
-                for k, fraction in enumerate((self.macs, self.parameters))
-            )
-            candidate, reached = self._shrink(good, bench, goal, refused)
+            goal = self._goal(full, turn)
+            candidate, reached = self._shrink(good, bench, goal, multiple, floors)
             if self.recover and self.recover.steps:
                 train(candidate, bench, self.recover, f"prune {turn}/{self.rounds}", bench.seed + turn)
             reestimate_batchnorm(candidate.module, bench.calibration(self.batches))
             scores = bench.scores(candidate)
-            over = {name: left for name, left in bench.margins(scores, self.slack).items() if left < 0}
-            told = ", ".join(f"{name} {score:.4g}" for name, score in scores.items())
-            bench.progress.line(
-                f"  prune {turn}/{self.rounds}: MACs {reached[0] / full[0]:.0%}, "
-                f"parameters {reached[1] / full[1]:.0%}; {told}"
+            told = "; ".join(
+                [
+                    f"MACs {reached[0] / full[0]:.0%}, parameters {reached[1] / full[1]:.0%}",
+                    ", ".join(f"{name} {score:.4g}" for name, score in scores.items()),
+                ]
             )
-            if over:
-                worst = min(over, key=lambda name: over[name])
-                bench.note(
-                    f"prune stopped before round {turn} of {self.rounds}: task '{worst}' would leave its budget "
-                    f"(times {self.slack:g}) by {-over[worst]:.4g}."
-                )
+            bench.progress.line(f"  prune {turn}/{self.rounds}: {told}")
+            if over := bench.over(scores, self.slack):
+                bench.note(f"prune stopped before round {turn} of {self.rounds}: {over}.")
                 return good
             good = candidate
-            if any(now > wanted for now, wanted in zip(reached, goal, strict=True)):
-                bench.note("prune ended short of its goal: every group is at its smallest allowed width.")
+            if _short(reached, goal):
+                bench.note(
+                    "prune ended short of its goal: no group may become narrower (widths are multiples of "
+                    f"{multiple}, at least {self.keep_at_least:.0%} of what they were)."
+                )
                 return good
         return good
 
+    def _goal(self, full: Costs, turn: int) -> Costs:
+        share = turn / self.rounds
+        macs, parameters = (1.0 if fraction is None else fraction**share for fraction in (self.macs, self.parameters))
+        return int(full[0] * macs), int(full[1] * parameters)
+
     def _shrink(
-        self, model: MultiTaskModel, bench: Bench, goal: tuple[int, ...], refused: set[str]
-    ) -> tuple[MultiTaskModel, tuple[int, int]]:
+        self, model: MultiTaskModel, bench: Bench, goal: Costs, multiple: int, floors: Mapping[str, int]
+    ) -> tuple[MultiTaskModel, Costs]:
         """A copy cut to the goal, shown to answer as the uncut network does with the same channels zeroed."""
         prunable = Prunable.of(model)
         score_TC = CRITERIA[self.criterion].score(model, prunable, bench, self.batches)
         value_C = combine(score_TC, [task.name for task in model.tasks], bench, self.combine)
+        groups = list(prunable.groups)
         while True:
-            multiple = self.round_to or bench.multiple
-            keep = choose(prunable, value_C, goal, multiple, self.keep_at_least, refused)
-            cut = _removed_as_zeroed(model, prunable, keep)
+            keep = choose(prunable, groups, value_C, goal, multiple, floors)
+            cut = removed_as_zeroed(model, prunable, keep)
             if cut is not None:
                 return cut, prunable.cost(keep)
-            wrong = [
-                g.name for g in prunable.groups if not keep[g.classes].all() and not _alone(model, prunable, keep, g)
-            ]
+            wrong = [g for g in groups if not keep[g.classes].all() and not _alone(model, prunable, keep, g)]
             if not wrong:
-                raise CompressError("Pruned groups answer wrongly together but not alone; nothing was removed.")
-            refused.update(wrong)
-            bench.note(f"groups left whole, because the module cannot be cut there: {', '.join(wrong)}.")
+                raise CompressError(
+                    "Channels of several groups can each be removed alone, but not together: "
+                    f"{', '.join(g.name for g in groups if not keep[g.classes].all())}. Nothing was removed."
+                )
+            groups = [group for group in groups if group not in wrong]
+            bench.note(
+                "left whole, because the module's own code fixes their size: "
+                f"{', '.join(group.name for group in wrong)}."
+            )
 
 
-def combine(score_TC: Tensor, tasks: list[str], bench: Bench, how: str) -> Tensor:
-    """(class,) one value a channel from one row a task: rows sum to 1, tighter relative budgets weigh more."""
+def combine(score_TC: Tensor, tasks: list[str], bench: Bench, how: Literal["max", "sum"]) -> Tensor:
+    """(class,) one value a channel from one row a task: rows sum to 1, tighter relative budgets weigh more.
+
+    A task without a budget, or whose budget allows its whole score to go, weighs as one with a budget of 100 %.
+    """
     scaled_TC = score_TC / score_TC.sum(1, keepdim=True).clamp_min(1e-30)
-    tightness = torch.ones(len(tasks))
+    relative_T = torch.ones(len(tasks))
     for row, task in enumerate(tasks):
-        if task in bench.budgets and task in bench.before:
-            before = bench.before[task]
-            tightness[row] = 1 / max(bench.budgets[task].allowed(before) / max(abs(before), 1e-9), 1e-4)
-    scaled_TC = scaled_TC * (tightness / tightness.max())[:, None]
+        before = abs(bench.before.get(task, 0.0))
+        if task in bench.budgets and before:
+            relative_T[row] = min(1.0, max(bench.budgets[task].allowed(before) / before, 1e-4))
+    scaled_TC = scaled_TC * (relative_T.min() / relative_T)[:, None]
     return scaled_TC.max(0).values if how == "max" else scaled_TC.sum(0)
 
 
 def choose(
-    prunable: Prunable, value_C: Tensor, goal: tuple[int, ...], multiple: int, keep_at_least: float, refused: set[str]
+    prunable: Prunable, groups: list[Group], value_C: Tensor, goal: Costs, multiple: int, floors: Mapping[str, int]
 ) -> Tensor:
     """Bool by class: greedily drop the vector-wide slice of channels with the least value for the cost it saves."""
+    ledger = Ledger(prunable)
+    full = ledger.now
+    value = value_C.tolist()
+    left = {g.name: sorted(g.classes.tolist(), key=lambda identity: value[identity], reverse=True) for g in groups}
+    terms = {g.name: ledger.touching(left[g.name]) for g in groups}
+    offers: dict[str, tuple[float, Costs, list[int]]] = {}
+    stale = set(left)
+    while wanted := [k for k in (0, 1) if ledger.now[k] > goal[k]]:
+        for name in stale:
+            dropped = _slice(left[name], multiple, floors[name])
+            offers.pop(name, None)
+            if dropped:
+                offers[name] = sum(value[identity] for identity in dropped), ledger.saving(dropped), dropped
+
+        def price(name: str) -> float:
+            worth, saved, _ = offers[name]
+            return worth / max(sum(saved[k] / full[k] for k in wanted), 1e-30)
+
+        best = min((name for name in left if name in offers), key=price, default=None)
+        if best is None:
+            break
+        dropped = offers[best][2]
+        ledger.drop(dropped)
+        left[best] = left[best][: -len(dropped)]
+        stale = {name for name in left if terms[name] & terms[best]}
     keep = prunable.keep_all()
-    orders = {
-        g.name: g.classes[value_C[g.classes].argsort(stable=True)] for g in prunable.groups if g.name not in refused
-    }
-    full = prunable.cost(keep)
-    now = full
-    gains: dict[str, tuple[float, Tensor]] = {}
-    groups = {g.name: g for g in prunable.groups}
-    while any(have > want for have, want in zip(now, goal, strict=True)):
-        for name, order in orders.items():
-            dropped = _slice(groups[name], order, keep, multiple, keep_at_least)
-            if dropped is None:
-                gains.pop(name, None)
-                continue
-            trial = keep.clone()
-            trial[dropped] = False
-            after = prunable.cost(trial)
-            saved = sum(
-                (have - then) / total
-                for have, then, total, want in zip(now, after, full, goal, strict=True)
-                if have > want
-            )
-            gains[name] = (float(value_C[dropped].sum()) / max(saved, 1e-12), dropped)
-        if not gains:
-            return keep
-        best = min(gains, key=lambda name: gains[name][0])
-        keep[gains[best][1]] = False
-        now = prunable.cost(keep)
+    for group in groups:
+        keep[group.classes] = False
+        keep[torch.tensor(left[group.name], dtype=torch.int64)] = True
     return keep
 
 
-def _slice(group: Group, order: Tensor, keep: Tensor, multiple: int, keep_at_least: float) -> Tensor | None:
-    """The next channels to drop so that the width becomes a multiple; None when the group may not shrink further."""
-    left = order[keep[order]]
+def _short(reached: Costs, goal: Costs) -> bool:
+    return any(now > wanted for now, wanted in zip(reached, goal, strict=True))
+
+
+def _slice(left: list[int], multiple: int, floor: int) -> list[int]:
+    """The least valuable channels to drop to reach the next multiple; none when that is below `floor`."""
     count = len(left) % multiple or multiple
-    floor = max(multiple if len(group) >= multiple else len(group), keep_at_least * len(group))
-    return left[:count] if len(left) - count >= floor else None
+    return left[-count:] if len(left) - count >= floor else []
 
 
 def _alone(model: MultiTaskModel, prunable: Prunable, keep: Tensor, group: Group) -> bool:
     only = prunable.keep_all()
     only[group.classes] = keep[group.classes]
-    return _removed_as_zeroed(model, prunable, only) is not None
+    return removed_as_zeroed(model, prunable, only) is not None
 
 
-def _removed_as_zeroed(model: MultiTaskModel, prunable: Prunable, keep: Tensor) -> MultiTaskModel | None:
+def removed_as_zeroed(model: MultiTaskModel, prunable: Prunable, keep: Tensor) -> MultiTaskModel | None:
     """The cut copy if it answers (in float64) as the uncut network with those channels read as zero; otherwise None."""
     zeroed, cut = model.clone(), model.clone()
     with torch.no_grad():
@@ -185,16 +205,15 @@ def _removed_as_zeroed(model: MultiTaskModel, prunable: Prunable, keep: Tensor) 
             get_tensor(zeroed.module, axis.tensor).index_fill_(axis.dim, gone, 0.0)
         cut.cut(prunable.kept(keep))
         inputs = tuple(x.double() if x.is_floating_point() else x for x in model.inputs)
-        wanted = zeroed.module.double().eval()
         probe = MultiTaskModel(cut.clone().module.double().eval(), model.tasks, inputs)
         try:
             given = probe.answers(*inputs)
-        except (RuntimeError, ValueError):
+        except (RuntimeError, ValueError, IndexError):
             return None  # a size written into the module's own code
-        reference = MultiTaskModel(wanted, model.tasks, inputs).answers(*inputs)
-    for name, answer in reference.items():
-        if given[name].shape != answer.shape or float((given[name] - answer).abs().max()) > EXACT * float(
-            answer.abs().max()
-        ):
-            return None
-    return cut
+        wanted = MultiTaskModel(zeroed.module.double().eval(), model.tasks, inputs).answers(*inputs)
+    same = all(
+        given[name].shape == answer.shape
+        and float((given[name] - answer).abs().max()) <= EXACT * float(answer.abs().max())
+        for name, answer in wanted.items()
+    )
+    return cut if same else None
