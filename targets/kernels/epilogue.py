@@ -21,11 +21,17 @@ def gather_epilogue(s: s_tir.Schedule, anchor: Any, scope: str = "local") -> Any
 
 
 def pull_padding(s: s_tir.Schedule, anchor: Any, loop: Any) -> None:
-    """Compute the anchor's padded input inside `loop`, as much of it as one turn reads; blocked input lane-wise."""
+    """Compute the anchor's padded input inside `loop`, as much of it as one turn reads; blocked input lane-wise.
+
+    Rows and columns are split where the border ends, so that the inside is copied without asking.
+    """
     for pad in s.get_producers(anchor):
         s.compute_at(pad, loop, preserve_unit_loops=True)
-        if len(s.get(pad).iter_vars) == 5:
-            s.vectorize(s.get_loops(pad)[-1])
+        rows, columns, *lane = s.get_loops(pad)[-(len(s.get(pad).iter_vars) - 2) :]
+        for axis in (rows, columns):
+            s.annotate(axis, "pragma_loop_partition_hint", True)
+        for loop_ in lane:
+            s.vectorize(loop_)
 
 
 def store_by_vectors(s: s_tir.Schedule, final: Any, unrolled: int) -> None:

@@ -27,7 +27,7 @@ def schedule(module: tvm.IRModule, device: Device) -> tvm.IRModule:
         if isinstance(function, tirx.PrimFunc):
             s = s_tir.Schedule(function)
             _schedule(s, device)
-            scheduled[name] = s.mod["main"].with_attr("tirx.is_scheduled", True)
+            scheduled[name] = s.mod["main"]
     module = module.clone()
     for name, function in scheduled.items():
         module.update_func(name, function.without_attr("global_symbol"))
