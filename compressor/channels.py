@@ -148,12 +148,15 @@ class Analysis:
         self.bind(name, {long[0]: self.axis(name, long[0])})
         return spread(self.axis(name, long[0]), shape, long[0])
 
-    def along(self, argument: Any, dim: int) -> Tensor | None:
-        """One class for each index of `dim` of a node's value, or None; None too where there is no such dimension."""
+    def tied(self, argument: Any, dim: int) -> Tensor | None:
+        """One class for each index of `dim` of a node's value, made so by merging; None where it has no such dimension.
+
+        After a pixel shuffle, for example, the channels that became one channel's positions are one class.
+        """
         ids = self.ids(argument)
         if not isinstance(ids, Tensor) or not -ids.dim() <= dim < ids.dim():
             return None
-        return self.classes.along(ids, dim)
+        return self.classes.tie(ids, dim)
 
     def axis(self, tensor: str, dim: int) -> Tensor:
         """The ids of a parameter axis, made on first use; FIXED for a tensor that cannot be cut."""

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from compressor.channels import FIXED, Axis, ChannelMap, analyse
+from compressor.errors import CompressError
+from compressor.graph import EXACT, difference, tensor_of
 from compressor.model import MultiTaskModel
 from compressor.trace import trace
 
@@ -69,6 +71,37 @@ class Prunable:
     def kept(self, keep: Tensor) -> dict[Axis, Tensor]:
         """What MultiTaskModel.cut takes, for a bool by class."""
         return {axis: keep[ids].nonzero().flatten() for axis, ids in self.channels.axes.items() if not keep[ids].all()}
+
+    def cut(self, model: MultiTaskModel, keep: Tensor) -> MultiTaskModel:
+        """A copy without the channels, shown to answer as the model does when every weight that reads them is zero.
+
+        Args:
+            model: the one that was analysed, whatever its weights are now.
+            keep: bool by class, True for FIXED.
+
+        Raises:
+            CompressError: the module's own code fixes a size or picks channels by number, so that it fails or answers
+                otherwise once they are gone.
+        """
+        smaller = model.clone()
+        smaller.cut(self.kept(keep))
+        try:
+            with torch.no_grad():
+                smaller.answers(*model.inputs)
+        except Exception as error:
+            raise CompressError(f"The network's code fixes a size that the cut changes: {error}") from error
+        cut, zeroed = trace(smaller), trace(model.clone())
+        with torch.no_grad():
+            for axis in self.reads():
+                gone = (~keep[self.channels.axes[axis]]).nonzero().flatten()
+                tensor_of(zeroed, axis.tensor).index_fill_(axis.dim, gone, 0.0)
+        error = difference(zeroed, cut, model.inputs)
+        if not error <= EXACT:
+            raise CompressError(
+                f"Without {int((~keep).sum())} of its channels the network answers otherwise (by {error:.1e} of its "
+                "largest answer) than with the weights that read them at zero: its code picks channels by number."
+            )
+        return smaller
 
     def cost(self, keep: Tensor) -> tuple[int, int]:
         """(multiply-adds, parameters) when only some classes are kept.

@@ -57,6 +57,15 @@ class Classes:
         first = rows[:, 0] if rows.shape[1] else rows.new_zeros(rows.shape[0])
         return first if bool((rows == first[:, None]).all()) else None
 
+    def tie(self, ids: Tensor, dim: int) -> Tensor:
+        """One class for each index of `dim`: whatever meets at an index is merged."""
+        rows = distinct(self.root(ids).movedim(dim, 0), keep=1).flatten(1)
+        if not rows.shape[1]:
+            return torch.full((len(rows),), FIXED)
+        first = rows[:, :1]
+        self.merge(first.expand(rows.shape).contiguous(), rows.contiguous())
+        return self.root(first.flatten())
+
 
 def whole(shape: tuple[int, ...]) -> Tensor:
     """Ids of a value that stays as it is."""

@@ -96,7 +96,7 @@ def _normalised(run: "Analysis", node: fx.Node) -> Tensor | list[Tensor] | None:
     """Batch norm and instance norm: scale, shift and statistics go with their channel."""
     parameters = [a for a in node.args[1:5] if isinstance(a, fx.Node)]
     names = [run.constant(a) for a in parameters]
-    along = run.along(node.args[0], 1)
+    along = run.tied(node.args[0], 1)
     if along is None or None in names or len(node.all_input_nodes) != 1 + len(set(parameters)):
         return None
     for name in filter(None, names):
@@ -115,7 +115,7 @@ def _sloped(run: "Analysis", node: fx.Node) -> Tensor | None:
     if run.tensor(name).numel() == 1:
         run.bind(name, {})
         return run.ids(node.args[0])  # type: ignore[no-any-return]
-    along = run.along(node.args[0], 1)
+    along = run.tied(node.args[0], 1)
     if along is None:
         return None
     run.bind(name, {0: along})
@@ -126,7 +126,7 @@ def _windowed(run: "Analysis", node: fx.Node) -> Tensor | list[Tensor] | None:
     """Pooling, resizing and padding: every channel by itself, over positions that share it."""
     value = node.meta["val"]
     shapes = [tuple(v.shape) for v in ([value] if isinstance(value, Tensor) else value)]
-    along = run.along(node.args[0], 1)
+    along = run.tied(node.args[0], 1)
     if along is None or len(node.all_input_nodes) != 1 or any(len(s) < 3 or s[1] != len(along) for s in shapes):
         return None
     made = [spread(along, shape, 1) for shape in shapes]
@@ -157,7 +157,7 @@ def _reduced(run: "Analysis", node: fx.Node) -> Tensor | None:
 
 
 def _convolution(run: "Analysis", node: fx.Node) -> Tensor | None:
-    name, along = run.constant(node.args[1]), run.along(node.args[0], 1)
+    name, along = run.constant(node.args[1]), run.tied(node.args[0], 1)
     if name is None or along is None or run.tensor(name).dim() != len(shape_of(node)):
         return None
     groups = int(argument(node, "groups", 1))
@@ -178,7 +178,7 @@ def _convolution(run: "Analysis", node: fx.Node) -> Tensor | None:
 
 
 def _linear(run: "Analysis", node: fx.Node) -> Tensor | None:
-    name, along = run.constant(node.args[1]), run.along(node.args[0], -1)
+    name, along = run.constant(node.args[1]), run.tied(node.args[0], -1)
     if name is None or along is None or run.tensor(name).dim() != 2:
         return None
     ids = run.axis(name, 0)

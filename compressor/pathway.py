@@ -13,15 +13,12 @@ from torch import Tensor, fx
 from compressor.channels import FIXED, ChannelMap, Contraction, analyse
 from compressor.cut import CannotCut, cut
 from compressor.errors import CompressError
-from compressor.graph import in_double, tensor_of, tensors_of
+from compressor.graph import EXACT, difference, tensor_of, tensors_of
 from compressor.macs import count_macs
 from compressor.model import MultiTaskModel
 from compressor.trace import export, flatten, trace
 
-__all__ = ["EXACT", "Pathway", "count_macs", "extract", "needed"]
-
-EXACT = 1e-6
-"""Largest difference accepted, relative to the largest answer, when both networks run in float64."""
+__all__ = ["Pathway", "count_macs", "extract", "needed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +68,7 @@ def extract(model: MultiTaskModel, tasks: Sequence[str]) -> Pathway:
         raise CompressError(f"A pathway answers one task or more, each once; given: {', '.join(tasks) or 'none'}.")
     whole = trace(model, [by_name[name] for name in tasks])
     part, channels, need = _cut(whole, model)
-    error = _difference(whole, part, model.inputs)
+    error = difference(whole, part, model.inputs)
     if not error <= EXACT:
         raise CompressError(
             f"The pathway of {'+'.join(tasks)} differs from the whole network by {error:.1e} of its largest answer; "
@@ -123,26 +120,3 @@ def _links(network: fx.GraphModule, contraction: Contraction) -> Tensor:
     weight = tensor_of(network, contraction.weight).detach()
     taps = (weight != 0).flatten(2).any(2) if weight.dim() > 2 else weight != 0
     return taps if contraction.writes.dim == 0 else taps.T
-
-
-def _difference(whole: fx.GraphModule, part: fx.GraphModule, inputs: tuple[Tensor, ...]) -> float:
-    """Largest difference of any answer, relative to the largest answer, in float64 on inputs like those given."""
-    generator = torch.Generator().manual_seed(0)
-    left, right = in_double(whole), in_double(part)
-    worst = 0.0
-    for scale in (1.0, 0.3):
-        tried = tuple(
-            x.double() * scale + 0.1 * scale * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-            if x.is_floating_point()
-            else x
-            for x in inputs
-        )
-        with torch.no_grad():
-            answers = list(zip(left(*tried), right(*tried), strict=True))
-        for wanted, given in answers:
-            if wanted.shape != given.shape:
-                return float("inf")
-            if wanted.numel():
-                gap = (wanted.double() - given.double()).abs().max()
-                worst = max(worst, float(gap / wanted.double().abs().max().clamp_min(1e-30)))
-    return worst

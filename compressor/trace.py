@@ -1,5 +1,6 @@
 """Trace a multi-task model into one flat, functional graph of ATen operators whose outputs are the tasks' answers."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -45,7 +46,8 @@ def export(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
     An in-place operator would otherwise keep what only other tasks need alive, as its effect cannot be seen locally.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the tracer's remarks on recurrent layers, nothing a user can act on
             program = torch.export.export(module, inputs, strict=False)
             if any(_mutates(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})
