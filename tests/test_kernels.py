@@ -1,6 +1,6 @@
 """Kernels over odd shapes against ONNX Runtime, and the cost rule that picks their tiles."""
 
-from math import ceil, floor
+from math import ceil, erf, floor
 
 import networks
 import numpy as np
@@ -201,3 +201,18 @@ def test_weights_of_a_resize_sum_to_one() -> None:
             np.testing.assert_allclose(table.weight.sum(0), 1, atol=1e-6)
             assert table.index.min() >= 0 and table.index.max() <= 6
     assert taps(7, 17, "linear", "tf_crop_and_resize", "floor", -0.75) is None
+
+
+def test_elementary_functions_are_accurate_and_keep_nan() -> None:
+    exact = {
+        "Exp": np.exp, "Sigmoid": lambda x: 1 / (1 + np.exp(-x)), "Tanh": np.tanh, "Erf": np.vectorize(erf),
+    }
+    x = np.concatenate([np.linspace(-87, 88, 7001), np.linspace(-1, 1, 2001), [np.nan, np.inf, -np.inf]])
+    x = x.astype(np.float32).reshape(1, -1)
+    nodes = [helper.make_node(name, ["x"], [name]) for name in exact]
+    program = networks.node_program(nodes, {"x": x.shape}, dict.fromkeys(exact, x.shape))
+    found = networks.run_built(program, networks.cpu_device(bits=networks.host_bits()), x)
+    with np.errstate(over="ignore"):
+        for name, function in exact.items():
+            wanted, slack = function(x.astype(np.float64)), 6e-7 if name == "Erf" else 2e-7
+            np.testing.assert_allclose(found[name], wanted, rtol=3e-7, atol=slack, err_msg=name)

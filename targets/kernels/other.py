@@ -56,28 +56,42 @@ def _spread(s: s_tir.Schedule, loops: list[Any], device: Device) -> None:
 
 
 def _reduce(s: s_tir.Schedule, block: Any, device: Device) -> None:
-    """Vectors over the last output axis where it is wide; else over the last reduced axis, summed across at the end."""
+    """Vectors over the last output axis where neighbours on it are read together, else over the last reduced axis."""
     vars_ = s.get(block).iter_vars
     loops = s.get_loops(block)
-    if len(vars_) != len(loops):
-        return
     spatial = [loop for loop, var in zip(loops, vars_, strict=True) if var.iter_type == tirx.IterVar.DataPar]
     reduced = [loop for loop, var in zip(loops, vars_, strict=True) if var.iter_type != tirx.IterVar.DataPar]
     lanes = device.vector_lanes
     work = prod(int(s.get(loop).extent) for loop in loops)
-    wide = bool(spatial) and int(s.get(spatial[-1]).extent) >= lanes
-    if wide and int(s.get(spatial[-1]).extent) % lanes == 0:
-        outside, lane = s.split(spatial[-1], [None, lanes])
-        s.reorder(*spatial[:-1], outside, *reduced, lane)
-        s.vectorize(lane)
-        outer = [*spatial[:-1], outside]
-    elif wide:
-        s.reorder(*spatial[:-1], *reduced, spatial[-1])
+    width = int(s.get(spatial[-1]).extent) if spatial else 1
+    if width >= lanes and _reads_along(s, block, vars_[len(spatial) - 1]):
+        inner = [spatial[-1]]
         outer = spatial[:-1]
+        if width % lanes == 0:
+            outside, lane = s.split(spatial[-1], [None, lanes])
+            s.vectorize(lane)
+            inner, outer = [lane], [*outer, outside]
+        s.reorder(*outer, *reduced, *inner)
+        _share(s, outer, work)
+        s.decompose_reduction(block, reduced[0])
+    elif int(s.get(reduced[-1]).extent) % lanes == 0 and _reads_along(s, block, vars_[-1]):
+        s.reorder(*spatial, *reduced)
+        _, lane = s.split(reduced[-1], [None, lanes])
+        partial = s.rfactor(lane, len(spatial))  # a vector of partial results, then one result of the vector
+        s.vectorize(s.get_loops(partial)[-1])
+        _share(s, s.get_loops(partial)[: len(spatial)], work)
+        _share(s, s.get_loops(block)[: len(spatial)], work)
     else:
         s.reorder(*spatial, *reduced)
-        outer = spatial
-    if outer and work >= _WORTH_A_TASK:
-        s.parallel(s.fuse(*outer))
-    if reduced and wide:
-        s.decompose_reduction(block, reduced[0])
+        _share(s, spatial, work)
+
+
+def _share(s: s_tir.Schedule, loops: list[Any], work: int) -> None:
+    if loops and work >= _WORTH_A_TASK:
+        s.parallel(s.fuse(*loops))
+
+
+def _reads_along(s: s_tir.Schedule, block: Any, var: Any) -> bool:
+    """Some input is read at neighbouring places as the block's axis `var` advances."""
+    regions = s.get(block).reads
+    return any(region.region and region.region[-1].min.same_as(var.var) for region in regions)

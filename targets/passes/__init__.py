@@ -8,6 +8,7 @@ from targets.passes.blocked import blocked
 from targets.passes.fold import fold
 from targets.passes.pattern import correct_patterns
 from targets.passes.schedule import schedule
+from targets.passes.vector_math import vector_math
 
 
 def cpu_passes(module: tvm.IRModule, device: Device) -> tvm.IRModule:
@@ -22,6 +23,7 @@ def cpu_passes(module: tvm.IRModule, device: Device) -> tvm.IRModule:
         relax.transform.FuseOps(),  # bias, residual sum and activation join the kernel before them
         relax.transform.FuseTIR(),  # each group becomes one function
         relax.transform.DeadCodeElimination(),
+        vector_math,  # exp and its kin as arithmetic, before loops are made vectors
     ):
         module = step(module)
     return schedule(module, device)
