@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -368,10 +369,22 @@ BLOCKS: Mapping[str, Callable[[int], Built]] = {
     if name.startswith("_") and getattr(block, "__annotations__", {}).get("return") == Built
 }
 
-LITERAL = frozenset(
-    "split halves every_other gate_by_one literal_view unbound fused_attention torch_shuffle channel_shuffle rolled "
-    "pixel_shuffle pixel_unshuffle chunk_swap stacked".split()
-)
+LITERAL = {
+    "split",
+    "halves",
+    "every_other",
+    "gate_by_one",
+    "literal_view",
+    "unbound",
+    "fused_attention",
+    "torch_shuffle",
+    "channel_shuffle",
+    "rolled",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "chunk_swap",
+    "stacked",
+}
 """Blocks whose code picks channels by number, fixes how many there are, or needs two widths to be the same."""
 
 
@@ -419,7 +432,7 @@ class Spec:
 
 
 class Composed(nn.Module):
-    """A trunk and heads. "tensor": all tasks in one fused layer; "nested": one task's answer feeds the next one's head."""
+    """A trunk and heads; "tensor": all tasks in one fused layer; "nested": one task's answer feeds the next one's."""
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
@@ -438,7 +451,7 @@ class Composed(nn.Module):
             return self.answer(self.fused(x))
         answers = [head(x) for head in self.heads]
         if self.spec.output == "nested":
-            answers[1:] = [later + earlier.mean() for earlier, later in zip(answers, answers[1:], strict=False)]
+            answers[1:] = [later + earlier.mean() for earlier, later in pairwise(answers)]
         if self.spec.output == "dict":
             return {f"out{k}": answer for k, answer in enumerate(answers)}
         return answers if self.spec.output == "list" else tuple(answers)

@@ -116,7 +116,7 @@ def test_a_broken_surgery_record_is_refused(tmp_path: Path, record: str, says: s
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CompressError, match="^There is no saved model in"):
+    with pytest.raises(CompressError, match=r"^There is no saved model in"):
         MultiTaskModel.load(tmp_path, Toy(SPEC))
 
 
@@ -164,7 +164,7 @@ def test_half_precision_weights_fit_a_float_network(weights: Path) -> None:
 def test_a_pickle_is_refused_unopened(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save(build(SPEC).module.state_dict(), path)
-    with pytest.raises(CompressError, match="is not a readable safetensors file .* looks like a pickle"):
+    with pytest.raises(CompressError, match=r"is not a readable safetensors file .* looks like a pickle"):
         load_weights(build(SPEC).module, path)
 
 
@@ -185,7 +185,7 @@ def test_answers_that_are_not_finite_are_refused(weights: Path) -> None:
     state = load_file(weights)
     state["trunk.0.1.running_var"].fill_(-1)
     save_file(state, weights)
-    with pytest.raises(CompressError, match="^Task 't0' answers NaN or infinity on the example inputs"):
+    with pytest.raises(CompressError, match=r"^Task 't0' answers NaN or infinity on the example inputs"):
         load_checkpoint(Toy(SPEC), weights)
 
 
