@@ -72,10 +72,9 @@ class Ledger:
 
 
 def _contractions(prunable: Prunable) -> Iterator[Term]:
+    yield 0, prunable.channels.whole_macs, ()
     for found in prunable.channels.contractions:
-        factors = (found.writes,) if found.reads is None else (found.writes, found.reads)
-        if all(axis in prunable.channels.axes for axis in factors):
-            yield 0, found.macs_per_pair, factors
+        yield 0, found.macs_per_pair, (found.writes,) if found.reads is None else (found.writes, found.reads)
 
 
 def _tensors(prunable: Prunable) -> Iterator[Term]:

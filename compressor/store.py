@@ -46,7 +46,7 @@ class Store:
         try:
             found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             return found if found.pop("key") == key else None
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CompressError(f"'{file}' is damaged ({error}). Remove its folder, or use --no-resume.") from error
 
     @contextmanager

@@ -66,7 +66,7 @@ def train(
         model.module.train()
         loss = _loss(model, bench, how, batch)
         if not loss.isfinite():
-            raise CompressError(f"{title}: the loss became {float(loss)} at step {step}; lower learning_rate.")
+            raise CompressError(f"{title}: the loss became {loss.item()} at step {step}; lower learning_rate.")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         for parameter, mask in held:  # before clipping, so that dead weights do not shrink the steps of the others

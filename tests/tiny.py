@@ -4,7 +4,9 @@ The tasks `kind` (which of three bars) and `size` share one fused output layer; 
 turns: one labels `kind` and `mask`, the next labels `size` alone.
 """
 
+import tempfile
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,7 +17,11 @@ from torchmetrics import Metric
 from torchmetrics.classification import BinaryJaccardIndex, MulticlassAccuracy
 from torchmetrics.regression import MeanAbsoluteError
 
-from compressor.workload import Batch, Split, Task
+from compressor.bench import Bench
+from compressor.budgets import Budget
+from compressor.model import MultiTaskModel, load_weights
+from compressor.progress import Silent
+from compressor.workload import Batch, Split, Task, Workload
 
 SIZE = 16
 COUNTS: Mapping[str, int] = {"train": 16, "calibrate": 4, "validate": 8}
@@ -85,33 +91,54 @@ def pictures(count: int, chance: torch.Generator) -> tuple[Tensor, dict[str, Ten
     at = torch.randint(0, SIZE - 8, (count, 2), generator=chance)
     row, column = torch.arange(SIZE)[:, None], torch.arange(SIZE)[None, :]
     long = torch.tensor(SIZE)
-    mask = torch.stack([
-        (row >= (0 if k == 0 else y)) & (row < (long if k == 0 else y + s))
-        & (column >= (0 if k == 1 else x)) & (column < (long if k == 1 else x + s))
-        for k, s, (y, x) in zip(kind, size, at, strict=True)
-    ]).float()[:, None]
+    mask = torch.stack(
+        [
+            (row >= (0 if k == 0 else y))
+            & (row < (long if k == 0 else y + s))
+            & (column >= (0 if k == 1 else x))
+            & (column < (long if k == 1 else x + s))
+            for k, s, (y, x) in zip(kind, size, at, strict=True)
+        ]
+    ).float()[:, None]
     image = 0.6 * mask + 0.4 * torch.rand(mask.shape, generator=chance)
     return image, {"kind": kind, "size": size[:, None].float() / 8, "mask": mask}
 
 
-def train(path: Path, steps: int = 160) -> None:
-    """Train the network from a fixed seed and save it as safetensors."""
+@cache
+def weights() -> Path:
+    """A safetensors file with the weights of a trained network, trained once a process from a fixed seed."""
     torch.manual_seed(0)
     workload = Tiny(split_labels=False)
     module = workload.build()
     optimiser = torch.optim.AdamW(module.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    done = 0
-    while done < steps:
-        for batch in workload.batches("train", done):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 160)
+    for epoch in range(10):
+        for batch in workload.batches("train", epoch):
             raw = module(*batch.inputs)
             outputs = {"kind": raw["fused"][:, :3], "size": raw["fused"][:, 3:], "mask": raw["mask"]}
             optimiser.zero_grad()
             sum(workload.losses(outputs, batch).values()).backward()
             optimiser.step()
             schedule.step()
-            done += 1
+    path = Path(tempfile.mkdtemp(prefix="taskpress-tests-")) / "tiny.safetensors"
     save_file(module.state_dict(), path)
+    return path
+
+
+def model(workload: Workload | None = None) -> MultiTaskModel:
+    """The trained network."""
+    workload = workload or Tiny()
+    module = workload.build()
+    load_weights(module, weights())
+    return MultiTaskModel(module.eval(), workload.tasks, workload.example_inputs())
+
+
+def bench(original: MultiTaskModel, folder: Path, workload: Workload | None = None, **budgets: float | str) -> Bench:
+    """A bench around a network, scored."""
+    parsed = {name: Budget.parse(text) for name, text in budgets.items()}
+    made = Bench(workload or Tiny(), original, parsed, 4, 0, Silent(), directory=folder)
+    made.before = made.scores(original)
+    return made
 
 
 RECIPE = """\
@@ -161,6 +188,12 @@ warmup_seconds = 0.02
 """
 
 
-def recipe(checkpoint: Path) -> str:
-    """The recipe of a compression that takes seconds; its paths are absolute."""
-    return RECIPE.format(factory=Path(__file__).resolve(), checkpoint=checkpoint.resolve())
+def recipe(folder: Path, **replaced: str) -> Path:
+    """Write the recipe of a compression that takes seconds; `replaced` swaps the values of its lines."""
+    lines = RECIPE.format(factory=Path(__file__).resolve(), checkpoint=weights()).splitlines()
+    for key, value in replaced.items():
+        at = next(index for index, line in enumerate(lines) if line.startswith(f"{key} = "))
+        lines[at] = f"{key} = {value}"
+    path = folder / "recipe.toml"
+    path.write_text("\n".join(lines) + "\n")
+    return path

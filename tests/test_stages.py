@@ -1,0 +1,431 @@
+"""Stages: what they promise about budgets, widths, masks and exactness."""
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import compressor.stages.prune as prune_module
+from compressor.bench import Bench
+from compressor.channels import Axis, ChannelMap, Contraction
+from compressor.costs import Ledger
+from compressor.errors import CompressError
+from compressor.groups import Group, Prunable
+from compressor.model import MultiTaskModel, get_tensor
+from compressor.record import sizes_of
+from compressor.stages.finetune import Finetune
+from compressor.stages.pathway import Pathway
+from compressor.stages.prune import Prune, choose, combine
+from compressor.stages.ticket import Ticket, prunable_weights, rewind, smallest_out
+from compressor.training import Training
+from compressor.workload import Task
+
+
+@pytest.fixture
+def model() -> MultiTaskModel:
+    return tiny.model()
+
+
+@pytest.fixture
+def bench(model: MultiTaskModel, tmp_path: Path) -> Bench:
+    return tiny.bench(model, tmp_path)
+
+
+def prune(**settings: object) -> Prune:
+    return Prune(kind="prune", **({"batches": 2, "round_to": 4} | settings))  # type: ignore[arg-type]
+
+
+def widths(model: MultiTaskModel) -> dict[str, int]:
+    layers = (nn.Conv2d, nn.Linear)
+    return {name: len(layer.weight) for name, layer in model.module.named_modules() if isinstance(layer, layers)}
+
+
+# --- prune
+
+
+@pytest.mark.parametrize("goal", [{"macs": 0.5}, {"parameters": 0.4}, {"macs": 0.6, "parameters": 0.5}])
+def test_prune_meets_its_goal_in_whole_vectors(model: MultiTaskModel, bench: Bench, goal: dict[str, float]) -> None:
+    before = sizes_of(model)
+    after = prune(rounds=2, **goal).run(model, bench)
+    macs, parameters, _ = sizes_of(after)
+    assert macs <= goal.get("macs", 1) * before[0]
+    assert parameters <= goal.get("parameters", 1) * before[1]
+    assert all(width % 4 == 0 for name, width in widths(after).items() if name not in ("fused", "mask.2"))
+    assert sizes_of(model) == before, "the model that was given is left alone"
+    assert bench.notes == []
+
+
+def test_prune_uses_the_devices_vector_width_unless_told(model: MultiTaskModel, bench: Bench) -> None:
+    bench.multiple = 8
+    after = prune(macs=0.6, rounds=1, round_to=0).run(model, bench)
+    assert {width % 8 for name, width in widths(after).items() if name not in ("fused", "mask.2")} == {0}
+
+
+def test_prune_stops_at_a_budget_and_names_the_task(model: MultiTaskModel, tmp_path: Path) -> None:
+    bench = tiny.bench(model, tmp_path, size=0.01, kind=1.0)
+    after = prune(macs=0.2, rounds=3).run(model, bench)
+    assert bench.margins(bench.scores(after))["size"] >= 0
+    assert len(bench.notes) == 1
+    assert (
+        bench.notes[0].startswith("prune stopped before round")
+        and "task 'size' would leave its budget" in bench.notes[0]
+    )
+
+
+def test_slack_lets_prune_go_further(model: MultiTaskModel, tmp_path: Path) -> None:
+    sizes = [
+        sizes_of(prune(macs=0.2, rounds=4, slack=slack).run(model, tiny.bench(model, tmp_path, size=0.05)))[0]
+        for slack in (1.0, 50.0)
+    ]
+    assert sizes[1] < sizes[0]
+
+
+def test_prune_says_why_it_ends_short(model: MultiTaskModel, bench: Bench) -> None:
+    full = widths(model)
+    after = prune(macs=0.05, rounds=3, keep_at_least=0.75).run(model, bench)
+    assert all(width >= 0.75 * full[name] for name, width in widths(after).items()), "of the width it came with"
+    assert bench.notes == [
+        "prune ended short of its goal: no group may become narrower "
+        "(widths are multiples of 4, at least 75% of what they were)."
+    ]
+
+
+def test_prune_judges_with_fresh_batch_norm(
+    model: MultiTaskModel, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    plain = Bench.scores
+
+    def scores(self: Bench, judged: MultiTaskModel) -> dict[str, float]:
+        seen.append(judged.module.down[1].running_var.clone())
+        return plain(self, judged)
+
+    monkeypatch.setattr(Bench, "scores", scores)
+    monkeypatch.setattr(prune_module, "CRITERIA", {"taylor": SimpleNamespace(score=_keep_stem_last)})
+    prune(macs=0.9, rounds=1).run(model, bench)
+    kept = seen[0]
+    assert len(kept) == 32
+    assert not torch.allclose(kept, model.module.down[1].running_var, rtol=0.05)
+
+
+def _keep_stem_last(model: MultiTaskModel, prunable: Prunable, bench: Bench, batches: int) -> Tensor:
+    """Importance that has only the stem pruned, so that the next layer's statistics move."""
+    score = torch.full((len(model.tasks), prunable.class_count), 1e6)
+    score[:, next(group for group in prunable.groups if group.name == "stem.0").classes] = 1.0
+    return score
+
+
+def test_recovery_training_is_counted_and_done(model: MultiTaskModel, bench: Bench) -> None:
+    stage = prune(macs=0.6, rounds=2, recover=Training(steps=3))
+    assert stage.train_steps == 6
+    trained, plain = stage.run(model, bench), prune(macs=0.6, rounds=2).run(model, bench)
+    assert not torch.equal(trained.module.fused.bias, plain.module.fused.bias)
+
+
+class FixedView(nn.Module):
+    """`x.view(-1, 128)` writes the width of `b` into the module's own code; `a` is free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 16, 3, 2, 1), nn.Conv2d(16, 8, 3, 2, 1)
+        self.head = nn.Linear(128, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = torch.relu(self.b(torch.relu(self.a(x))))
+        return {"fused": self.head(x.view(-1, 128))}
+
+
+class Viewed(tiny.Tiny):
+    tasks = tiny.Tiny.tasks[:2]
+
+    def build(self) -> nn.Module:
+        return FixedView()
+
+    def metrics(self) -> Mapping[str, object]:  # type: ignore[override]
+        return {name: metric for name, metric in super().metrics().items() if name != "mask"}
+
+    def batches(self, split: str, seed: int) -> Iterator[object]:  # type: ignore[override]
+        for batch in super().batches(split, seed):  # type: ignore[arg-type]
+            batch.labels.pop("mask", None)  # type: ignore[attr-defined]
+            yield batch
+
+
+def test_groups_the_module_cannot_shrink_are_left_whole_and_named(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    work = Viewed()
+    model = MultiTaskModel(work.build().eval(), work.tasks, work.example_inputs())
+    bench = tiny.bench(model, tmp_path, work)  # type: ignore[arg-type]
+    after = prune(macs=0.2, rounds=1).run(model, bench)
+    assert widths(after) == {"a": 4, "b": 8, "head": 4}
+    assert bench.notes[0] == "left whole, because the module's own code fixes their size: b."
+
+
+def test_max_protects_what_one_task_needs_and_sum_trades(bench: Bench) -> None:
+    score_TC = torch.tensor([[9.0, 1.0, 0.0], [0.0, 5.0, 5.0]])
+    assert combine(score_TC, ["kind", "size"], bench, "max").tolist() == pytest.approx([0.9, 0.5, 0.5])
+    assert combine(score_TC, ["kind", "size"], bench, "sum").tolist() == pytest.approx([0.9, 0.6, 0.5])
+    assert combine(7 * score_TC, ["kind", "size"], bench, "sum").tolist() == pytest.approx([0.9, 0.6, 0.5])
+
+
+def test_a_tighter_budget_weighs_more(model: MultiTaskModel, tmp_path: Path) -> None:
+    bench = tiny.bench(model, tmp_path, kind="1 %", size="10 %")
+    value = combine(
+        torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), ["kind", "size", "mask"], bench, "max"
+    )
+    assert value.tolist() == pytest.approx([1.0, 0.1, 0.01])
+    bench.before = {**bench.before, "kind": 0.0}  # nothing is relative to zero: as if it had no budget
+    value = combine(torch.eye(3), ["kind", "size", "mask"], bench, "max")
+    assert value.tolist() == pytest.approx([0.1, 1.0, 0.1])
+
+
+def test_a_task_that_needs_nothing_is_no_division_by_zero(bench: Bench) -> None:
+    assert combine(torch.zeros(2, 3), ["kind", "size"], bench, "max").tolist() == [0, 0, 0]
+
+
+# --- what channels cost
+
+
+def test_the_ledger_follows_the_models_cost(model: MultiTaskModel) -> None:
+    prunable = Prunable.of(model)
+    ledger, keep = Ledger(prunable), prunable.keep_all()
+    assert ledger.now == prunable.cost(keep)
+    chance = torch.Generator().manual_seed(0)
+    for group in (*prunable.groups, *prunable.groups):
+        left = group.classes[keep[group.classes]]
+        gone = left[torch.randperm(len(left), generator=chance)[: len(left) // 2]].tolist()
+        before, saved = ledger.now, ledger.saving(gone)
+        assert ledger.now == before, "asking changes nothing"
+        ledger.drop(gone)
+        keep[gone] = False
+        assert ledger.now == prunable.cost(keep) == (before[0] - saved[0], before[1] - saved[1])
+
+
+def test_groups_that_do_not_touch_do_not_affect_each_other(model: MultiTaskModel) -> None:
+    prunable = Prunable.of(model)
+    ledger = Ledger(prunable)
+    by_name = {group.name: group.classes.tolist() for group in prunable.groups}
+    for one in by_name.values():
+        for other in by_name.values():
+            apart = not ledger.touching(one) & ledger.touching(other)
+            saved, both = ledger.saving(one[:2])[0] + ledger.saving(other[:2])[0], ledger.saving([*one[:2], *other[:2]])
+            assert not apart or both[0] == saved
+
+
+def test_choosing_is_greedy_by_value_for_cost(model: MultiTaskModel) -> None:
+    """The same answer as asking the whole network's cost about every group at every step."""
+    prunable = Prunable.of(model)
+    value = torch.rand(prunable.class_count, generator=torch.Generator().manual_seed(0))
+    full = prunable.cost(prunable.keep_all())
+    goal, floors = (full[0] // 2, full[1] // 2), dict.fromkeys((group.name for group in prunable.groups), 4)
+    keep = prunable.keep_all()
+    while any(now > wanted for now, wanted in zip(prunable.cost(keep), goal, strict=True)):
+        now, best = prunable.cost(keep), None
+        for group in prunable.groups:
+            left = sorted(group.classes[keep[group.classes]].tolist(), key=lambda k: value[k])
+            if len(left) - 4 < 4:
+                continue
+            trial = keep.clone()
+            trial[left[:4]] = False
+            saved = sum((a - b) / f for a, b, f, w in zip(now, prunable.cost(trial), full, goal, strict=True) if a > w)
+            price = float(value[left[:4]].sum()) / saved
+            if best is None or price < best[0]:
+                best = price, trial
+        assert best is not None
+        keep = best[1]
+    assert torch.equal(choose(prunable, list(prunable.groups), value, goal, 4, floors), keep)
+
+
+def test_choosing_among_a_hundred_groups_of_a_hundred_slices_takes_seconds() -> None:
+    classes = [torch.arange(1 + 800 * g, 801 + 800 * g) for g in range(100)]
+    axes = {Axis(f"l{g}.weight", 0): ids for g, ids in enumerate(classes)}
+    axes |= {Axis(f"l{g + 1}.weight", 1): ids for g, ids in enumerate(classes[:-1])}
+    contractions = [
+        Contraction(f"l{g}", f"l{g}.weight", Axis(f"l{g}.weight", 0), Axis(f"l{g}.weight", 1) if g else None, 9)
+        for g in range(100)
+    ]
+    prunable = Prunable(
+        channels=ChannelMap(axes=axes, contractions=contractions),
+        groups=tuple(Group(f"l{g}", ids) for g, ids in enumerate(classes)),
+        sizes={f"l{g}.weight": (800, 800 if g else 3) for g in range(100)},
+        trained=frozenset(f"l{g}.weight" for g in range(100)),
+    )
+    value = torch.rand(80001, generator=torch.Generator().manual_seed(0))
+    full = prunable.cost(prunable.keep_all())
+    begun = time.process_time()
+    keep = choose(prunable, list(prunable.groups), value, (full[0] // 100, 0), 8, {f"l{g}": 8 for g in range(100)})
+    assert time.process_time() - begun < 20
+    assert int(keep.sum()) == 1 + 100 * 8, "the second goal cannot be met: everything is as narrow as it may be"
+
+
+# --- ticket
+
+
+def ticket(**settings: object) -> Ticket:
+    return Ticket(kind="ticket", **({"keep_ratio": 0.3, "rounds": 3, "train": Training(steps=3)} | settings))  # type: ignore[arg-type]
+
+
+def masks_of_rounds(bench: Bench) -> list[dict[str, Tensor]]:
+    return [load_file(file) for file in sorted(bench.directory.glob("masks-round-*.safetensors"))]
+
+
+def test_masks_nest_count_exactly_and_spare_biases_and_norms(model: MultiTaskModel, bench: Bench) -> None:
+    after = ticket().run(model, bench)
+    rounds = masks_of_rounds(bench)
+    names = prunable_weights(model.module)
+    assert names == ["stem.0.weight", "down.0.weight", "inner.0.weight", "outer.0.weight", "fused.weight",
+                     "mask.0.weight", "mask.2.weight"]  # fmt: skip
+    assert [sorted(masks) for masks in rounds] == [sorted(names)] * 3
+    left = sum(get_tensor(model.module, name).numel() for name in names)
+    for masks in rounds:
+        left = round(0.3 ** (1 / 3) * left)
+        assert sum(int(mask.sum()) for mask in masks.values()) == left
+    for before, later in zip(rounds, rounds[1:], strict=False):
+        assert all(not bool((later[name] & ~before[name]).any()) for name in names)
+    assert all(torch.equal(after.masks[name], rounds[-1][name]) for name in names)
+    for name, mask in after.masks.items():
+        assert bool((get_tensor(after.module, name)[~mask] == 0).all())
+
+
+def test_each_layer_keeps_the_same_share_when_asked(model: MultiTaskModel) -> None:
+    masks = smallest_out(model, prunable_weights(model.module), 0.5, "layer")
+    assert all(int(mask.sum()) == round(0.5 * mask.numel()) for mask in masks.values())
+
+
+def test_ties_do_not_change_the_count(model: MultiTaskModel) -> None:
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            parameter.fill_(0.5)
+    names = prunable_weights(model.module)
+    total = sum(get_tensor(model.module, name).numel() for name in names)
+    masks = smallest_out(model, names, 0.37, "global")
+    assert sum(int(mask.sum()) for mask in masks.values()) == round(0.37 * total)
+
+
+def test_a_survivor_that_became_zero_is_still_alive(model: MultiTaskModel) -> None:
+    names = prunable_weights(model.module)
+    model.masks = smallest_out(model, names, 0.5, "global")
+    before = sum(int(mask.sum()) for mask in model.masks.values())
+    model.module.down[0].weight.data.zero_()
+    later = smallest_out(model, names, 1.0, "global")
+    assert sum(int(mask.sum()) for mask in later.values()) == before
+    assert all(torch.equal(later[name], model.masks[name]) for name in names)
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_survivors_start_each_round_bit_for_bit_at_the_rewind_weights(
+    model: MultiTaskModel, bench: Bench, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    import compressor.stages.ticket as module
+
+    starts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+    monkeypatch.setattr(module, "train", _recording(module.train, starts))
+    ticket(rewind_step=step).run(model, bench)
+    rewound = starts[0][1] if step else dict(model.module.state_dict())
+    if step:
+        assert not torch.equal(rewound["fused.weight"], model.module.fused.weight)
+        del starts[0]
+    assert len(starts) == 3
+    for (state, _), masks in zip(starts, masks_of_rounds(bench), strict=True):
+        for name, value in state.items():
+            mask = masks.get(name, torch.ones_like(value, dtype=torch.bool))
+            assert torch.equal(value, torch.where(mask, rewound[name], torch.zeros_like(value))), name
+
+
+def _recording(plain: object, starts: list[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> object:
+    """`train`, noting the state each training starts from and the snapshot it returns."""
+
+    def train(model: MultiTaskModel, *args: object, **options: object) -> object:
+        state = {name: value.clone() for name, value in model.module.state_dict().items()}
+        saved = plain(model, *args, **options)  # type: ignore[operator]
+        starts.append((state, saved))
+        return saved
+
+    return train
+
+
+def test_rewinding_leaves_no_negative_zero_and_no_shared_memory(model: MultiTaskModel) -> None:
+    masks = smallest_out(model, prunable_weights(model.module), 0.5, "global")
+    state = dict(model.module.state_dict())
+    copy = rewind(model, state, masks)
+    weight = copy.module.down[0].weight
+    assert not bool(torch.signbit(weight[~masks["down.0.weight"]]).any())
+    weight.data.add_(1)
+    assert not torch.equal(weight, state["down.0.weight"])
+
+
+def test_a_ticket_stops_at_a_budget_with_the_round_before(model: MultiTaskModel, tmp_path: Path) -> None:
+    bench = tiny.bench(model, tmp_path, size=0.05)
+    after = ticket(keep_ratio=0.01, rounds=6).run(model, bench)
+    done = masks_of_rounds(bench)
+    assert len(done) < 6 and "task 'size' would leave its budget by" in bench.notes[0]
+    assert bench.margins(bench.scores(after))["size"] >= 0
+    if done:
+        assert all(torch.equal(after.masks[name], mask) for name, mask in done[-1].items())
+    else:
+        assert after is model
+
+
+def test_masks_survive_finetune_and_a_later_prune(model: MultiTaskModel, bench: Bench) -> None:
+    sparse = ticket(rounds=1).run(model, bench)
+    tuned = Finetune(kind="finetune", steps=4, learning_rate=1e-2, weight_decay=0.1).run(sparse, bench)
+    pruned = prune(macs=0.6, rounds=1, recover=Training(steps=2)).run(tuned, bench)
+    for after in (tuned, pruned):
+        assert after.masks.keys() == sparse.masks.keys()
+        for name, mask in after.masks.items():
+            weight = get_tensor(after.module, name)
+            assert weight.shape == mask.shape
+            assert bool((weight[~mask] == 0).all())
+    assert sizes_of(pruned)[1] < sizes_of(tuned)[1]
+    again = ticket(rounds=1, keep_ratio=0.5).run(pruned, bench)
+    assert all(not bool((again.masks[n] & ~pruned.masks[n]).any()) for n in pruned.masks), "a second ticket nests in it"
+
+
+def test_weights_tied_between_layers_are_pruned_once() -> None:
+    a, b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    b.weight = a.weight
+    assert prunable_weights(nn.Sequential(a, b)) == ["0.weight"]
+
+
+# --- finetune and pathway
+
+
+def test_finetune_leaves_what_it_was_given_alone(model: MultiTaskModel, bench: Bench) -> None:
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    after = Finetune(kind="finetune", steps=2, calibrate_batches=2).run(model, bench)
+    assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
+    assert not torch.equal(after.module.fused.weight, model.module.fused.weight)
+
+
+def test_pathway_removes_unread_channels_without_changing_an_answer(model: MultiTaskModel, bench: Bench) -> None:
+    with torch.no_grad():
+        model.module.down[0].weight[:, ::2] = 0
+        model.module.outer[0].weight[:, 5:9] = 0
+    after = Pathway(kind="pathway").run(model, bench)
+    assert widths(after)["stem.0"] == 8 and widths(after)["inner.0"] == 28
+    assert after.kept["stem.0.weight"][0] == list(range(1, 16, 2))
+    batch = bench.validation[0]
+    with torch.no_grad():
+        before, now = model.answers(*batch.inputs), after.answers(*batch.inputs)
+    for name in before:
+        assert torch.allclose(before[name], now[name], rtol=1e-4, atol=1e-5 * float(before[name].abs().max()))
+
+
+def test_pathway_without_anything_unread_changes_nothing(model: MultiTaskModel, bench: Bench) -> None:
+    after = Pathway(kind="pathway").run(model, bench)
+    assert after.kept == {} and widths(after) == widths(model)
+
+
+def test_pathway_refuses_a_size_the_module_fixes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MultiTaskModel(FixedView().eval(), (Task("kind", output="fused"),), (torch.rand(1, 1, 16, 16),))
+    with torch.no_grad():
+        model.module.head.weight[:, :32] = 0  # the first two channels of b
+    bench = Bench(tiny.Tiny(), model, {}, 4, 0, tiny.Silent(), directory=tmp_path)
+    with pytest.raises(CompressError, match=r"own code fixes a size that would change .* Leave the pathway stage out"):
+        Pathway(kind="pathway").run(model, bench)

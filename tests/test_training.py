@@ -1,0 +1,250 @@
+"""The training loop and batch-norm statistics: what is learnt from, what is held, what repeats."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from compressor.bench import Bench, reestimate_batchnorm, rehearse
+from compressor.errors import CompressError
+from compressor.model import MultiTaskModel
+from compressor.training import Training, _gap, train
+from compressor.workload import Batch, Split
+
+
+class Unlabelled(tiny.Tiny):
+    def batches(self, split: Split, seed: int) -> Iterator[Batch]:
+        return (Batch(batch.inputs) for batch in super().batches(split, seed))
+
+
+@pytest.fixture
+def trained() -> MultiTaskModel:
+    return tiny.model()
+
+
+@pytest.fixture
+def bench(trained: MultiTaskModel, tmp_path: Path) -> Bench:
+    return tiny.bench(trained, tmp_path)
+
+
+def disturbed(model: MultiTaskModel, by: float = 0.1) -> MultiTaskModel:
+    copy = model.clone()
+    chance = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in copy.module.parameters():
+            parameter.add_(by * parameter.std(correction=0) * torch.randn(parameter.shape, generator=chance))
+    return copy
+
+
+def state(model: MultiTaskModel) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.module.state_dict().items()}
+
+
+def gap_to(original: MultiTaskModel, model: MultiTaskModel) -> dict[str, float]:
+    """Mean squared difference of each task's answers on fresh pictures."""
+    image, _ = tiny.pictures(64, torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        wanted, given = original.answers(image), model.answers(image)
+    return {name: float((given[name] - wanted[name]).square().mean()) for name in wanted}
+
+
+def test_without_any_label_every_task_learns_from_the_original(trained: MultiTaskModel, tmp_path: Path) -> None:
+    bench = Bench(Unlabelled(), trained, {}, 4, 0, tiny.Silent(), directory=tmp_path)
+    student = disturbed(trained)
+    before = gap_to(trained, student)
+    train(student, bench, Training(steps=40, learning_rate=2e-3), "x", 0)
+    after = gap_to(trained, student)
+    assert all(after[name] < 0.7 * before[name] for name in before), (before, after)
+
+
+def test_nothing_to_learn_is_refused(trained: MultiTaskModel) -> None:
+    bench = Bench(Unlabelled(), trained, {}, 4, 0, tiny.Silent())
+    with pytest.raises(CompressError, match=r"offers nothing to learn: labels for no task, distill = 'never'"):
+        train(trained.clone(), bench, Training(steps=1, distill="never"), "x", 0)
+
+
+def test_an_empty_train_split_is_refused(
+    trained: MultiTaskModel, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.workload, "batches", lambda split, seed: iter(()))
+    with pytest.raises(CompressError, match="no batch in its train split"):
+        train(trained.clone(), bench, Training(steps=1), "x", 0)
+    with pytest.raises(CompressError, match="no batch in its calibrate split"):
+        bench.calibration(2)
+
+
+def test_a_loss_weight_for_no_task_is_refused(trained: MultiTaskModel, bench: Bench) -> None:
+    with pytest.raises(CompressError, match=r"loss_weights: no task 'sise'. Did you mean 'size'\?"):
+        train(trained.clone(), bench, Training(steps=1, loss_weights={"sise": 1.0}), "x", 0)
+
+
+def test_a_loss_that_explodes_is_told(trained: MultiTaskModel, bench: Bench) -> None:
+    model = trained.clone()
+    with torch.no_grad():
+        next(model.module.parameters()).fill_(float("nan"))
+    with pytest.raises(CompressError, match=r"finetune: the loss became nan at step 0; lower learning_rate"):
+        train(model, bench, Training(steps=2), "finetune", 0)
+
+
+def test_a_weight_of_zero_silences_a_task(trained: MultiTaskModel, bench: Bench) -> None:
+    model = trained.clone()
+    mute = dict.fromkeys(("kind", "size", "mask"), 0.0)
+    train(model, bench, Training(steps=3, loss_weights=mute), "x", 0)
+    assert all(torch.equal(p, q) for p, q in zip(model.module.parameters(), trained.module.parameters(), strict=True))
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(trained: MultiTaskModel, bench: Bench) -> None:
+    found = []
+    for seed in (3, 3, 4):
+        model = disturbed(trained)
+        train(model, bench, Training(steps=6, weight_decay=0.01), "x", seed)
+        found.append(state(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert not all(torch.equal(found[0][name], found[2][name]) for name in found[0])
+
+
+def test_one_and_two_threads_agree_closely(trained: MultiTaskModel, bench: Bench) -> None:
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            model = disturbed(trained)
+            train(model, bench, Training(steps=6), "x", 0)
+            found.append(gap_to(trained, model))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == pytest.approx(found[1], rel=0.02)
+
+
+def test_masked_weights_stay_exactly_zero_and_take_no_part(trained: MultiTaskModel, bench: Bench) -> None:
+    model = trained.clone()
+    mask = torch.rand(model.module.down[0].weight.shape, generator=torch.Generator().manual_seed(0)) > 0.7
+    model.masks = {"down.0.weight": mask}
+    model.module.down[0].weight.data.mul_(mask)
+    train(model, bench, Training(steps=8, learning_rate=1e-2, weight_decay=0.1), "x", 0)
+    weight = model.module.down[0].weight
+    assert bool((weight[~mask] == 0).all())
+    assert bool((weight[mask] != trained.module.down[0].weight[mask]).any())
+
+
+def test_a_snapshot_is_the_state_after_so_many_steps(trained: MultiTaskModel, bench: Bench) -> None:
+    how = Training(steps=4)
+    long, at_start = disturbed(trained), state(disturbed(trained))
+    assert all(torch.equal(v, at_start[n]) for n, v in (train(disturbed(trained), bench, how, "x", 0, 0) or {}).items())
+    saved = train(long, bench, how, "x", 0, snapshot=4)
+    assert saved is not None and all(torch.equal(value, saved[name]) for name, value in state(long).items())
+    early = train(disturbed(trained), bench, how, "x", 0, snapshot=2)
+    assert early is not None and not torch.equal(early["stem.0.weight"], saved["stem.0.weight"])
+
+
+def test_bf16_trains_float_weights(trained: MultiTaskModel, bench: Bench) -> None:
+    model = disturbed(trained)
+    train(model, bench, Training(steps=2, precision="bf16", distill="always"), "x", 0)
+    assert {p.dtype for p in model.module.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("taught", [torch.full((4, 1), 2.0), torch.full((1, 1), 2.0), torch.zeros(3, 2)])
+def test_distillation_is_finite_where_the_teacher_does_not_vary(taught: torch.Tensor) -> None:
+    assert _gap(taught.clone(), taught) == 0
+    assert _gap(taught + 0.1, taught).isfinite()
+
+
+# --- batch norm
+
+
+def test_batch_norm_is_replaced_by_plain_averages(trained: MultiTaskModel, bench: Bench) -> None:
+    module, batches = trained.clone().module, bench.calibration(3)
+    norm = module.stem[1]
+    norm.running_mean.fill_(7.0)
+    reestimate_batchnorm(module, batches)
+    with torch.no_grad():
+        means = torch.stack([module.stem[0](batch.inputs[0]).mean((0, 2, 3)) for batch in batches]).mean(0)
+    assert torch.allclose(norm.running_mean, means, atol=1e-5)
+    assert norm.momentum == 0.1 and not module.training and not norm.training
+
+
+def test_batch_norm_that_keeps_no_statistics_is_left_alone(bench: Bench) -> None:
+    module = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2, track_running_stats=False))
+    reestimate_batchnorm(module, bench.calibration(1))
+    assert module[1].running_mean is None
+
+
+# --- scores and the rehearsal
+
+
+def break_labels(bench: Bench, monkeypatch: pytest.MonkeyPatch, change: object) -> None:
+    plain = tiny.Tiny()
+    monkeypatch.setattr(bench.workload, "batches", lambda split, seed: map(change, plain.batches(split, seed)))  # type: ignore[arg-type]
+
+
+def relabel(name: str, value: object) -> object:
+    return lambda batch: replace(batch, labels={name: value, **{k: v for k, v in batch.labels.items() if k != name}})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (relabel("kinds", torch.zeros(32)), r"for no task: 'kinds'. Did you mean 'kind'\?"),
+        (lambda batch: batch.inputs, r"yields a tuple, not a workload.Batch"),
+        (lambda batch: replace(batch, inputs=(batch.inputs[0][:, 0],)), r"first batch of the train split fails: "),
+        (
+            relabel("size", torch.full((32, 1), torch.nan)),
+            "loss of task 'size' .* should be one finite number, not nan",
+        ),
+        (relabel("kind", torch.zeros(3)), "first batch of the train split fails: "),
+    ],
+)
+def test_a_faulty_batch_shows_before_the_work(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, change: object, message: str
+) -> None:
+    break_labels(bench, monkeypatch, change)
+    with pytest.raises(CompressError, match=message):
+        rehearse(bench, ("train",))
+
+
+def test_losses_for_no_task_and_losses_of_many_numbers_show(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for losses, message in (({"siz": torch.zeros(())}, "losses.. names no task: 'siz'"),
+                            ({"size": torch.zeros(2)}, r"should be one finite number, not \(2,\)")):  # fmt: skip
+        monkeypatch.setattr(bench.workload, "losses", lambda outputs, batch, given=losses: given)
+        with pytest.raises(CompressError, match=message):
+            rehearse(bench, ("train", "calibrate"))
+
+
+def test_scores_are_of_labelled_tasks_only(
+    trained: MultiTaskModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = tiny.bench(trained, tmp_path)
+    break_labels(
+        bench, monkeypatch, lambda batch: replace(batch, labels={k: v for k, v in batch.labels.items() if k == "size"})
+    )
+    del bench.validation
+    assert list(bench.scores(trained)) == ["size"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (relabel("kind", torch.zeros(31)), r"Task 'kind' answers with shape \(32, 3\); its metric cannot take that"),
+        (
+            relabel("size", torch.full((32, 1), torch.nan)),
+            r"score of task 'size' is nan: are there NaN among its labels",
+        ),
+        (lambda batch: replace(batch, labels={}), "Task 'size' has a budget, but no label in the validate split"),
+        (
+            lambda batch: replace(batch, inputs=(batch.inputs[0] * torch.nan,)),
+            "answers NaN or infinity on the validate",
+        ),
+    ],
+)
+def test_what_cannot_be_scored_is_told(
+    trained: MultiTaskModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: object, message: str
+) -> None:
+    bench = tiny.bench(trained, tmp_path, size=1)
+    break_labels(bench, monkeypatch, change)
+    del bench.validation
+    with pytest.raises(CompressError, match=message):
+        bench.scores(trained)
