@@ -24,7 +24,8 @@ class Training(Settings):
         steps: optimiser steps (one batch each).
         learning_rate: peak of a linear warm-up over the first `warmup` share followed by a cosine to zero.
         distill: "missing" distils a task from the original only where a batch has no label for it, "always" mixes
-            distillation in with `distill_weight` everywhere, "never" leaves unlabelled tasks alone.
+            distillation in with `distill_weight` everywhere, "only" looks at no label (for labels that are worse than
+            the original's answers), "never" leaves unlabelled tasks alone.
         loss_weights: factor of each task's loss; 1 where none is given.
         precision: "bf16" runs the forward pass under autocast (fast on CPUs with AMX or AVX512-BF16).
     """
@@ -33,7 +34,7 @@ class Training(Settings):
     learning_rate: float = Field(gt=0, default=1e-3)
     weight_decay: float = Field(ge=0, default=0.0)
     warmup: float = Field(ge=0, lt=1, default=0.05)
-    distill: Literal["missing", "always", "never"] = "missing"
+    distill: Literal["missing", "always", "only", "never"] = "missing"
     distill_weight: float = Field(ge=0, default=1.0)
     loss_weights: Mapping[str, float] = {}
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -109,9 +110,9 @@ def _loss(model: MultiTaskModel, bench: Bench, how: Training, batch: Batch) -> T
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how.precision == "bf16"):
         raw = model.answers(*batch.inputs)
     answers = {name: answer.float() if answer.is_floating_point() else answer for name, answer in raw.items()}
-    losses = dict(bench.workload.losses(answers, batch)) if batch.labels else {}
+    losses = dict(bench.workload.losses(answers, batch)) if batch.labels and how.distill != "only" else {}
     teachable = {name for name, answer in answers.items() if answer.requires_grad}
-    distilled = {"missing": teachable - set(losses), "always": teachable, "never": set()}[how.distill]
+    distilled = set() if how.distill == "never" else teachable if how.distill != "missing" else teachable - set(losses)
     terms = [how.loss_weights.get(name, 1.0) * loss for name, loss in losses.items()]
     if distilled:
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=how.precision == "bf16"):
