@@ -13,7 +13,7 @@ from profiles.device import load, names
 from targets.base import Array, Program
 from targets.kernels.resize import taps
 from targets.kernels.sliding import window_counts
-from targets.kernels.tile import convolution_tile, sliding_tile, with_chunk
+from targets.kernels.tile import convolution_tile, sliding_tile, with_tasks
 from targets.kernels.transposed import Phases
 from targets.kernels.window import Window
 
@@ -167,10 +167,12 @@ def test_tiles_fit_the_registers_and_waste_little(name: str, blocks: int, size: 
 def test_chunks_leave_every_core_work_where_there_is_enough() -> None:
     device = networks.cpu_device(cores=4)
     for height in (7, 24, 48, 96):
-        tile = with_chunk(convolution_tile(device, 2, height, height), device, height, 1)
+        tile = with_tasks(convolution_tile(device, 8, height, height), device, 8, height, 1)
         tasks = ceil(height / tile.rows) / tile.chunk
         assert tasks == int(tasks)
         assert tasks >= min(12, ceil(height / tile.rows))
+        assert 8 // tile.blocks % tile.shares == 0
+        assert tasks * tile.shares / (ceil(tasks * tile.shares / 4) * 4) >= 0.9
 
 
 @pytest.mark.parametrize("width", [1, 5, 7, 13, 25, 53, 101])

@@ -7,8 +7,13 @@ import networks
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import helper, numpy_helper, shape_inference
+from workloads.age_gender import AgeGenderNetwork
+from workloads.onet import ONetwork
 
+from examples.dronet.network import DroNetV2
+from examples.scenes.network import SceneNet
 from targets import lower
 from targets.base import Array, Program
 from targets.errors import TargetError
@@ -191,6 +196,28 @@ def test_every_case_through_the_cpu_target(bits: int, after_convolution: bool) -
     inputs = inputs_of(program)
     found = networks.run_built(program, networks.cpu_device(bits=bits), *inputs)
     assert_close(found, networks.answers(program, *inputs))
+
+
+NETWORKS = {
+    "dronet": (DroNetV2, (1, 1, 200, 200), 1),
+    "scenes": (SceneNet, (2, 3, 96, 96), 3),
+    "onet": (ONetwork, (3, 3, 48, 48), 3),
+    "age-gender": (AgeGenderNetwork, (1, 3, 112, 112), 2),
+    "unet": (networks.UNet, (1, 3, 36, 44), 2),
+    "transformer": (networks.VisionTransformer, (2, 3, 40, 48), 2),
+}
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", NETWORKS)
+def test_whole_networks(name: str) -> None:
+    network, shape, tasks = NETWORKS[name]
+    torch.manual_seed(0)
+    module = networks.settle(network())
+    program = networks.to_program(module, (torch.zeros(shape),), tuple("abc"[:tasks]), name)
+    x = networks.example(*shape)
+    found = networks.run_built(program, networks.cpu_device(bits=networks.host_bits()), x)
+    assert_close(found, networks.answers(program, x))
 
 
 def test_every_supported_operator_has_a_case() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from onnx import helper
 from tvm import relax, te, tirx
 
+from examples.dronet.network import DroNetV2
 from profiles.device import load
 from targets.base import Array, Program
 from targets.lower import lower
@@ -73,7 +74,7 @@ def test_a_convolution_that_others_read_keeps_its_weights() -> None:
 
 
 def test_dronet_is_blocked_from_its_first_convolution_to_its_last() -> None:
-    program = networks.to_program(networks.settle(networks.DroNet()), (torch.zeros(1, 1, 200, 200),), ("a", "b"))
+    program = networks.to_program(networks.settle(DroNetV2()), (torch.zeros(1, 1, 200, 200),), ("both",))
     found = kernels(program)
     assert not [name for name in found if name.startswith("block")]
     assert len([name for name in found if "unblock" in name]) == 1

@@ -9,7 +9,7 @@ from tvm import s_tir, te
 
 from profiles.device import Device
 from targets.kernels.epilogue import gather_epilogue, pull_padding, store_by_vectors
-from targets.kernels.tile import Tile, convolution_tile, with_chunk
+from targets.kernels.tile import Tile, convolution_tile, with_tasks
 from targets.kernels.window import Window, padded_input
 
 
@@ -22,7 +22,8 @@ def convolution(
     """
     blocks, in_blocks, kernel_h, kernel_w, in_lanes, lanes = (int(size) for size in w_OIHWLL.shape)
     blocks_per_group = blocks * in_blocks // int(x.shape[1])
-    tile = with_chunk(convolution_tile(device, blocks_per_group, height, width), device, height, int(x.shape[0]))
+    tile = convolution_tile(device, blocks_per_group, height, width)
+    tile = with_tasks(tile, device, blocks, height, int(x.shape[0]))
     rows, columns = tile.padded(height, width)
     padded = padded_input(x, window, rows, columns, 0.0)
     i, kh, kw, il = (te.reduce_axis((0, size), name) for size, name in
@@ -34,7 +35,7 @@ def convolution(
         read = padded(n, first + i, *window.at(h, w, kh, kw), *lane)
         return te.sum(read * w_OIHWLL(o, i, kh, kw, il, ol), axis=[i, kh, kw, il])
 
-    attrs = {"kernel": "convolution", "tile": [tile.blocks, tile.rows, tile.columns, tile.chunk]}
+    attrs = tile.annotations("convolution")
     whole = te.compute((x.shape[0], blocks, rows, columns, lanes), value, name="convolution", attrs=attrs)
     if (rows, columns) == (height, width):
         return whole
@@ -43,15 +44,15 @@ def convolution(
 
 def schedule_convolution(s: s_tir.Schedule, anchor: Any) -> None:
     """Tile the anchor into registers; padding moves into the parallel task, the epilogue to where a tile is stored."""
-    tile = Tile(*(int(size) for size in s.get(anchor).annotations["tile"]))
+    tile = Tile.of(s.get(anchor).annotations)
     final = gather_epilogue(s, anchor)
     n, o, h, w, ol, i, kh, kw, il = s.get_loops(anchor)
-    o, oi = s.split(o, [None, tile.blocks])
+    share, o, oi = s.split(o, [tile.shares, None, tile.blocks])
     h, hc, hi = s.split(h, [None, tile.chunk, tile.rows])
     w, wi = s.split(w, [None, tile.columns])
     # Channel blocks innermost: an input value is broadcast once, used for every block, and its register is free again.
-    s.reorder(n, h, o, hc, w, i, kh, kw, il, hi, wi, oi, ol)
-    task = s.fuse(n, h)
+    s.reorder(n, h, share, o, hc, w, i, kh, kw, il, hi, wi, oi, ol)
+    task = s.fuse(n, h, share)
     s.reverse_compute_at(final, w, preserve_unit_loops=True)
     pull_padding(s, anchor, task)
     s.parallel(task)  # before decompose_reduction, which would be refused after

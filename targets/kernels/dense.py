@@ -21,8 +21,7 @@ def dense(x_RK: te.Tensor, w_OKL: te.Tensor, outputs: int, device: Device) -> te
         row = r if padded == rows else tirx.min(r, rows - 1)  # rows beyond the last are computed and never stored
         return te.sum(x_RK(row, k) * w_OKL(o, k, lane), axis=[k])
 
-    attrs = {"kernel": "dense", "tile": [tile.blocks, tile.rows, tile.columns, tile.chunk]}
-    whole = te.compute((padded, blocks, lanes), value, name="dense", attrs=attrs)
+    whole = te.compute((padded, blocks, lanes), value, name="dense", attrs=tile.annotations("dense"))
     return te.compute((rows, outputs), lambda r, o: whole(r, o // lanes, o % lanes), name="crop")
 
 
@@ -50,7 +49,7 @@ def narrow_dense(x_RK: te.Tensor, w_OKL: te.Tensor) -> te.Tensor:
 
 def schedule_dense(s: s_tir.Schedule, anchor: Any) -> None:
     """Rows by output blocks in registers, one tile a parallel task; the epilogue is a pass of its own, from cache."""
-    tile = Tile(*(int(size) for size in s.get(anchor).annotations["tile"]))
+    tile = Tile.of(s.get(anchor).annotations)
     final = gather_epilogue(s, anchor, "global")
     r, o, lane, k = s.get_loops(anchor)
     r, ri = s.split(r, [None, tile.columns])

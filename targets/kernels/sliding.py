@@ -41,7 +41,7 @@ def _slide(
     def value(n: Any, c: Any, h: Any, w: Any, lane: Any) -> Any:
         return reduce(term(padded(n, c, *window.at(h, w, kh, kw), lane), c, kh, kw, lane), axis=[kh, kw])
 
-    attrs = {"kernel": "sliding", "tile": [tile.blocks, tile.rows, tile.columns, tile.chunk]}
+    attrs = tile.annotations("sliding")
     whole = te.compute((x.shape[0], x.shape[1], height, columns, x.shape[4]), value, name="sliding", attrs=attrs)
     if columns == width:
         return whole
@@ -50,7 +50,7 @@ def _slide(
 
 def schedule_sliding(s: s_tir.Schedule, anchor: Any) -> None:
     """A row of outputs stays in registers; one parallel task is a channel block's rows, or some of them."""
-    tile = Tile(*(int(size) for size in s.get(anchor).annotations["tile"]))
+    tile = Tile.of(s.get(anchor).annotations)
     final = gather_epilogue(s, anchor)
     n, c, h, w, lane, kh, kw = s.get_loops(anchor)
     h, hi = s.split(h, [None, tile.chunk])

@@ -1,8 +1,9 @@
 """The cost rule that picks a convolution's register tile and its share of work per thread."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass, replace
 from math import ceil
+from typing import Any
 
 from profiles.device import Device
 
@@ -11,13 +12,23 @@ from profiles.device import Device
 class Tile:
     """Output values kept in registers: `blocks` channel blocks by `rows` by `columns`, each a vector of lanes.
 
-    `chunk` is how many tiles of rows one parallel task computes.
+    A parallel task computes `chunk` tiles of rows, of every channel block or of one of as many `shares` of them.
     """
 
     blocks: int
     rows: int
     columns: int
     chunk: int = 1
+    shares: int = 1
+
+    @classmethod
+    def of(cls, annotations: Mapping[str, Any]) -> "Tile":
+        """The tile that a kernel's anchor carries."""
+        return cls(*(int(size) for size in annotations["tile"]))
+
+    def annotations(self, kernel: str) -> dict[str, Any]:
+        """What tells the scheduling pass that a computation is the anchor of such a kernel, and its tile."""
+        return {"kernel": kernel, "tile": list(astuple(self))}
 
     def padded(self, height: int, width: int) -> tuple[int, int]:
         """Output size rounded up to whole tiles; what is beyond the real output is computed and never stored."""
@@ -42,11 +53,22 @@ def convolution_tile(device: Device, blocks: int, height: int, width: int, most_
     return min(_tiles(device, blocks, height, width, most_blocks), key=cost)
 
 
-def with_chunk(tile: Tile, device: Device, height: int, images: int) -> Tile:
-    """The same tile with the most rows per parallel task that still leaves every core three tasks, if it can be."""
+def with_tasks(tile: Tile, device: Device, blocks: int, height: int, images: int) -> Tile:
+    """The same tile with the most rows per parallel task that still leaves every core three tasks, if it can be.
+
+    Where rows alone keep cores idle for more than a tenth of the time, channel blocks are shared out too; each share
+    pads the input again, so there are as few as help.
+    """
     row_tiles = ceil(height / tile.rows)
     fits = [size for size in _divisors(row_tiles) if images * (row_tiles // size) >= 3 * device.cores]
-    return Tile(tile.blocks, tile.rows, tile.columns, max(fits, default=1))
+    tasks = images * (row_tiles // max(fits, default=1))
+
+    def idle(shares: int) -> float:
+        turns = ceil(tasks * shares / device.cores)
+        return 1 - tasks * shares / (turns * device.cores)
+
+    shares = next((share for share in _divisors(blocks // tile.blocks) if idle(share) <= 0.1), 1)
+    return replace(tile, chunk=max(fits, default=1), shares=shares)
 
 
 def sliding_tile(device: Device, height: int, width: int, planes: int) -> Tile:

@@ -3,11 +3,9 @@
     python tools/bench/cpu.py [--json FILE] [--quick]
 
 A row's value is the artifact's latency as a fraction of the peer's: the median over rounds of the ratio of the two
-engines' medians within a round. Below the goal holds.
+engines' medians within a round.
 """
 
-import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -15,7 +13,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import onnxruntime
 import torch
 
@@ -23,34 +20,31 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import networks  # noqa: E402
+from rows import Row, finish, options  # noqa: E402
+from workloads.age_gender import AgeGenderNetwork  # noqa: E402
+from workloads.onet import ONetwork  # noqa: E402
 
+from examples.dronet.network import DroNetV2  # noqa: E402
+from examples.scenes.network import SceneNet  # noqa: E402
 from profiles.device import load as load_device  # noqa: E402
 from targets.base import Array, Program  # noqa: E402
 from targets.cpu import CpuTarget  # noqa: E402
 
 GOAL = 2.0
-
-
-def programs() -> dict[str, tuple[Program, Array]]:
-    """Every network measured, with an input; random weights do, for dense kernels do not look at them."""
-    torch.manual_seed(0)
-    made = {}
-    for name, module, shape, tasks in (
-        ("dronet", networks.DroNet(), (1, 1, 200, 200), ("steering", "collision")),
-        ("scenes-like", networks.ScenesLike(), (1, 3, 96, 96), ("segmentation", "depth", "normals")),
-        ("mobile", networks.Mobile(), (1, 3, 112, 112), ("age", "gender")),
-    ):
-        program = networks.to_program(networks.settle(module), (torch.zeros(shape),), tasks, name)
-        made[name] = (program, networks.example(*shape))
-    return made
+CASES = {
+    "dronet": (DroNetV2, (1, 1, 200, 200), ("both",)),
+    "scenes": (SceneNet, (1, 3, 96, 96), ("segmentation", "depth", "normals")),
+    "age-gender": (AgeGenderNetwork, (1, 3, 112, 112), ("age", "gender")),
+    "onet": (ONetwork, (1, 3, 48, 48), ("face", "box", "landmarks")),
+}
 
 
 def peer(program: Program, threads: int) -> Callable[[Array], object]:
     """ONNX Runtime with its own defaults but for the threads."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(program.model.SerializeToString(), options, ["CPUExecutionProvider"])
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(program.model.SerializeToString(), settings, ["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x})
 
@@ -69,30 +63,25 @@ def latency(run: Callable[[Array], object], x: Array, calls: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the rounds")
-    options = parser.parse_args()
-    rounds = 5 if options.quick else 50
+    chosen = options(__doc__)
+    rounds = 5 if chosen.quick else 50
     target, device, rows = CpuTarget(), load_device("host"), []
+    torch.manual_seed(0)  # random weights do: dense kernels do not look at them
     with tempfile.TemporaryDirectory() as folder:
-        for name, (program, x) in programs().items():
+        for name, (network, shape, tasks) in CASES.items():
+            program = networks.to_program(networks.settle(network()), (torch.zeros(shape),), tasks, name)
+            x = networks.example(*shape)
             start = time.perf_counter()
             artifact = target.build(target.plan(program, device), Path(folder) / name, {}, {})
-            print(f"{name}: compiled in {time.perf_counter() - start:.1f} s")
+            rows.append(Row("compile_seconds", name, "-", 0, time.perf_counter() - start, 20.0, True))
             for threads in (1, 2):
                 ours, theirs = target.load(artifact, threads), peer(program, threads)
                 pairs = [(latency(ours, x, 10), latency(theirs, x, 10)) for _ in range(rounds)]
+                mine, other = (statistics.median(side) * 1e3 for side in zip(*pairs, strict=True))
+                print(f"{name}, {threads} threads: ours {mine:.3f} ms, ONNX Runtime {other:.3f} ms", file=sys.stderr)
                 value = statistics.median(a / b for a, b in pairs)
-                ours_ms, theirs_ms = (statistics.median(side) * 1e3 for side in zip(*pairs, strict=True))
-                rows.append({
-                    "case": "latency_ratio", "network": name, "peer": "onnxruntime", "threads": threads,
-                    "value": value, "goal": GOAL, "holds": bool(value <= GOAL), "ms": ours_ms, "peer_ms": theirs_ms,
-                })
-                print(f"{name}, {threads} threads: {ours_ms:.3f} ms, ONNX Runtime {theirs_ms:.3f} ms, x{value:.2f}")
-                assert all(np.isfinite(answer).all() for answer in ours(x).values())
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+                rows.append(Row("latency_ratio", name, "onnxruntime", threads, value, GOAL, True))
+    finish(rows, chosen.json)
 
 
 if __name__ == "__main__":
