@@ -95,10 +95,10 @@ class Prunable:
             for axis in self.reads():
                 gone = (~keep[self.channels.axes[axis]]).nonzero().flatten()
                 tensor_of(zeroed, axis.tensor).index_fill_(axis.dim, gone, 0.0)
-        error = difference(zeroed, cut, model.inputs)
-        if not error <= EXACT:
+        gap = difference(zeroed, cut, model.inputs)
+        if not gap <= EXACT:
             raise CompressError(
-                f"Without {int((~keep).sum())} of its channels the network answers otherwise (by {error:.1e} of its "
+                f"Without {int((~keep).sum())} of its channels the network answers otherwise (by {gap:.1e} of its "
                 "largest answer) than with the weights that read them at zero: its code picks channels by number."
             )
         return smaller

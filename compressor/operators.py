@@ -248,9 +248,9 @@ RULES: Mapping[str, Rule] = {
     ),
     **_table(
         moved,
-        "view reshape _unsafe_view flatten unflatten permute transpose t slice select narrow cat concat stack split "
-        "split_with_sizes chunk unbind squeeze unsqueeze expand repeat repeat_interleave roll flip pixel_shuffle "
-        "pixel_unshuffle channel_shuffle movedim swapaxes",
+        "view reshape _unsafe_view flatten unflatten permute transpose t mT numpy_T swapaxes swapdims movedim moveaxis "
+        "squeeze unsqueeze slice select narrow unbind split split_with_sizes tensor_split chunk cat concat stack expand "
+        "repeat tile repeat_interleave roll flip rot90 pixel_shuffle pixel_unshuffle channel_shuffle",
     ),
     "getitem": _item,
 }

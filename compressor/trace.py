@@ -57,6 +57,14 @@ def export(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
             f"The network cannot be traced by torch.export ({type(error).__name__}: {first}). "
             "Its forward must not branch on tensor values."
         ) from error
+    for node in program.graph.nodes:
+        sizes = [
+            size for value in tree_leaves(node.meta.get("val")) if isinstance(value, Tensor) for size in value.shape
+        ]
+        if not all(isinstance(size, int) for size in sizes):
+            raise CompressError(
+                f"The shape that {name_of(node)} gives depends on the values it is given; an artifact's shapes are fixed."
+            )
     signature = program.graph_signature
     if signature.user_inputs_to_mutate:
         raise CompressError("The network's forward overwrites its input; let it work on a copy: x = x.clone().")

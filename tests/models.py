@@ -116,6 +116,14 @@ def _stacked(c: int) -> Built:
     return Lambda(run, a=conv(c, 4), b=conv(c, 4)), 8
 
 
+def _split_unevenly(c: int) -> Built:
+    def run(m: Lambda, x: Tensor) -> Tensor:
+        first, second, third = torch.tensor_split(m.a(x).tile(1, 2, 1, 1), 3, dim=-3)
+        return first[:, :5] * second + third.rot90(1, (2, 3))
+
+    return Lambda(run, a=conv(c, 8)), 5
+
+
 def _unbound(c: int) -> Built:
     def run(m: Lambda, x: Tensor) -> Tensor:
         first, second = m.a(x).unflatten(1, (2, 4)).unbind(1)
@@ -370,6 +378,7 @@ BLOCKS: Mapping[str, Callable[[int], Built]] = {
 }
 
 LITERAL = {
+    "split_unevenly",
     "split",
     "halves",
     "every_other",

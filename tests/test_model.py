@@ -242,9 +242,15 @@ class Overwriting(nn.Module):
         return (x.relu(),)
 
 
+class Selecting(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (x.repeat_interleave(torch.tensor([1, 2, 1]), 1),)
+
+
 @pytest.mark.parametrize(
     ("module", "says"),
     [
+        (Selecting(), "The shape that repeat_interleave gives depends on the values"),
         (Stateful(), r"changes its own state \(count\) at every call"),
         (Branching(), "must not branch on tensor values"),
         (Overwriting(), "overwrites its input"),

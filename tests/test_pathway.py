@@ -36,7 +36,7 @@ def assert_answers_as_the_whole(pathway: Pathway, model: MultiTaskModel) -> None
     whole = model.clone()
     whole.module.double()
     with torch.no_grad():
-        wanted = whole.answers(*inputs)
+        wanted = {task: answer.detach() for task, answer in whole.answers(*inputs).items()}
         given = in_double(pathway.network)(*inputs)
     for task, answer in zip(pathway.tasks, given, strict=True):
         torch.testing.assert_close(answer, wanted[task], rtol=EXACT, atol=EXACT * float(wanted[task].abs().max()))
