@@ -302,7 +302,7 @@ def _print_plan(plan: dict[str, Any]) -> None:
             for index, stage in enumerate(plan["stages"], 1)
         ],
     )
-    sys.stdout.write(f"artifacts: {', '.join(plan['artifacts'])}\nmeasuring: at most {plan['measure_seconds']:.0f} s\n")
+    sys.stdout.write(f"artifacts: {', '.join(plan['artifacts'])}\nmeasuring: at most {plan['measure_seconds']:g} s\n")
 
 
 if __name__ == "__main__":

@@ -74,11 +74,13 @@ def deploy(
         unverified = "" if verified else _refusal(target, built)
         if verified or unverified:
             return Deployed(pathway, program, built, *sizes, proof["compile_s"], verified, unverified, resumed=True)
-    draft = final.with_name(f".{final.name}")
-    begun = time.monotonic()
-    built = target.build(plan, draft, _files(model, pathway), _about(pathway, sizes, bench))
-    facts: dict[str, Any] = {"compile_s": time.monotonic() - begun, "verified": []}
+    with writing(final):
+        final.parent.mkdir(exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:
+        begun = time.monotonic()
+        built = target.build(plan, draft, _files(model, pathway), _about(pathway, sizes, bench))
+        facts: dict[str, Any] = {"compile_s": time.monotonic() - begun, "verified": []}
         unverified = _refusal(target, built)
         verified = ()
         if not unverified:

@@ -92,7 +92,7 @@ def time_all(
     before = torch.get_num_threads()
     for threads in [count for count in recipe.threads if count <= here]:
         bench.progress.line(
-            f"Measuring with {threads} thread{'s' * (threads > 1)}, at most {recipe.measure.seconds:.0f} s"
+            f"Measuring with {threads} thread{'s' * (threads > 1)}, at most {recipe.measure.seconds:g} s"
         )
         engines = list(_engines(original, verified, dense, target, threads, inputs))
         try:

@@ -72,7 +72,7 @@ def prepare(recipe: Recipe, base: Path, progress: Reporter, *, builds: bool = Tr
     workload = make_workload(table.factory, table.options, table.paths, base)
     names = [task.name for task in workload.tasks]
     if unknown := [name for name in recipe.budgets if name not in names]:
-        told = "; ".join(f"no task '{name}'.{did_you_mean(name, names)}" for name in unknown)
+        told = " ".join(f"no task '{name}'.{did_you_mean(name, names)}" for name in unknown)
         raise CompressError(f"[budgets] {told}")
     sets = recipes.task_sets(recipe, names)
     if unscored := [name for name in recipe.budgets if name not in workload.metrics()]:

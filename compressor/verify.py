@@ -170,7 +170,7 @@ class _Suspect:
         at = order[low]
         while (above := next((i for i in nodes[at].input if i in nodes and differs(i)), None)) is not None:
             at = above
-        return f", first at layer '{at}' ({nodes[at].op_type})"
+        return f", first at layer '{_layer(nodes[at])}' ({nodes[at].op_type})"
 
 
 def _above(program: Program, task: str) -> dict[str, onnx.NodeProto]:
@@ -183,6 +183,11 @@ def _above(program: Program, task: str) -> dict[str, onnx.NodeProto]:
             wanted.add(value)
             open_ += makers[value].input
     return {value: node for value, node in makers.items() if value in wanted}
+
+
+def _layer(node: onnx.NodeProto) -> str:
+    """What a person calls a node: the module whose weight it reads, or else the value it makes."""
+    return str(next((i.removesuffix(".weight") for i in node.input if i.endswith(".weight")), node.output[0]))
 
 
 def _values_of_program(program: Program, inputs: tuple[Array, ...]) -> dict[str, Array]:

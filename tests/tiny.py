@@ -4,6 +4,7 @@ The tasks `kind` (which of three bars) and `size` share one fused output layer; 
 turns: one labels `kind` and `mask`, the next labels `size` alone.
 """
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -149,7 +150,7 @@ task_sets = ["each", "all"]
 verify_inputs = 2
 
 [workload]
-factory = "{factory}:Tiny"
+factory = "tiny.py:Tiny"
 checkpoint = "{checkpoint}"
 
 [budgets]
@@ -190,10 +191,11 @@ warmup_seconds = 0.02
 
 def recipe(folder: Path, **replaced: str) -> Path:
     """Write the recipe of a compression that takes seconds; `replaced` swaps the values of its lines."""
-    lines = RECIPE.format(factory=Path(__file__).resolve(), checkpoint=weights()).splitlines()
+    lines = RECIPE.format(checkpoint=weights()).splitlines()
     for key, value in replaced.items():
         at = next(index for index, line in enumerate(lines) if line.startswith(f"{key} = "))
         lines[at] = f"{key} = {value}"
+    shutil.copy(__file__, folder)  # the folder of a workload is part of what its results depend on
     path = folder / "recipe.toml"
     path.write_text("\n".join(lines) + "\n")
     return path
