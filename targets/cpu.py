@@ -15,7 +15,7 @@ from targets.kind import require_kind
 from targets.link import link, link_command, linker
 from targets.lower import answers, lower, signature
 from targets.passes import FINISH, cpu_passes
-from targets.runner import VirtualMachineRunner
+from targets.runner import VirtualMachineRunner, open_library
 
 
 class CpuTarget:
@@ -72,7 +72,7 @@ class CpuTarget:
         if manifest.target != self.name:
             raise TargetError(f"'{artifact.directory}' was built by the {manifest.target} target, not by {self.name}.")
         _require_host_runs(manifest.device)
-        module = tvm.runtime.load_module(str(artifact.directory.resolve() / artifacts.LIBRARY))
+        module = open_library(artifact)
         return VirtualMachineRunner(module, tvm.cpu(), manifest.inputs, manifest.tasks, threads)
 
 

@@ -1,12 +1,12 @@
 """The gpu target: CUDA kernels, every one bound to threads by TVM's dlight rules, compiled with nvcc."""
 
-import contextlib
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import tvm
+import tvm_ffi
 from tvm import relax
 from tvm.s_tir import dlight
 
@@ -18,7 +18,10 @@ from targets.kind import require_kind
 from targets.link import link, link_command, linker
 from targets.lower import answers, lower, signature
 from targets.passes import FINISH
-from targets.runner import VirtualMachineRunner
+from targets.runner import VirtualMachineRunner, open_library
+
+SOURCE = "kernels.cu"
+BINARY = "kernels.cubin"
 
 
 class GpuTarget:
@@ -53,7 +56,7 @@ class GpuTarget:
                 artifacts.MODEL: program.model.SerializeToString(deterministic=True),
                 "model.tir": module.script(show_meta=False).encode(),
             },
-            commands=(f"nvcc -O3 -fatbin -arch={architecture} *.cu", link_command(device)),
+            commands=(" ".join(("nvcc", *_nvcc_options(architecture), "-o", BINARY, SOURCE)), link_command(device)),
             options={"versions": artifacts.versions()},
             lowered=module,
         )
@@ -66,8 +69,8 @@ class GpuTarget:
         target = tvm.target.Target(dict(plan.device.target))
         lowered = plan.lowered or self.plan(plan.program, plan.device).lowered
         with artifacts.staged(directory) as folder:
-            with _nvcc(), target:
-                executable = relax.build(lowered, target, relax_pipeline=FINISH)
+            executable = relax.build(lowered, target, relax_pipeline=FINISH)
+            _compile_kernels(executable, folder, plan.device)
             link(executable, folder / artifacts.LIBRARY, plan.device)
             artifacts.seal(folder, plan, signature(plan.program), answers(plan.program), extra, about)
         return artifacts.read(directory)
@@ -90,7 +93,8 @@ class GpuTarget:
         built, here = _architecture(manifest.device), "sm_" + str(gpu.compute_version).replace(".", "")
         if built != here:
             raise TargetError(f"'{artifact.directory}' was built for {built}; the GPU here is {here}.")
-        module = tvm.runtime.load_module(str(artifact.directory.resolve() / artifacts.LIBRARY))
+        _offer_binary(artifact.directory)
+        module = open_library(artifact)
         return VirtualMachineRunner(module, gpu, manifest.inputs, manifest.tasks, threads)
 
 
@@ -122,15 +126,35 @@ def _architecture(device: Device) -> str:
     return str(device.target["arch"])
 
 
-@contextlib.contextmanager
-def _nvcc() -> Iterator[None]:
-    """Have TVM call nvcc; it would look for NVRTC's Python package instead."""
-    before = os.environ.get("TVM_CUDA_COMPILE_MODE")
-    os.environ["TVM_CUDA_COMPILE_MODE"] = "nvcc"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TVM_CUDA_COMPILE_MODE"]
-        else:
-            os.environ["TVM_CUDA_COMPILE_MODE"] = before
+def _compile_kernels(executable: tvm.runtime.Executable, folder: Path, device: Device) -> None:
+    """Write the CUDA source that `executable` carries, and what nvcc makes of it for the device's architecture."""
+    source = _cuda_module(executable.mod).inspect_source("cuda")
+    (folder / SOURCE).write_text(source, encoding="utf-8")
+    command = ["nvcc", *_nvcc_options(_architecture(device)), "-o", BINARY, SOURCE]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise TargetError(f"nvcc could not compile for '{device.name}': {(done.stderr or done.stdout).strip()[-2000:]}")
+
+
+def _nvcc_options(architecture: str) -> tuple[str, ...]:
+    return "-cubin", "-O3", f"-arch={architecture}", "--expt-relaxed-constexpr"
+
+
+def _cuda_module(module: tvm.runtime.Module) -> tvm.runtime.Module:
+    """The module of all kernels, somewhere among the imports of an executable."""
+    waiting = [module]
+    while waiting:
+        module = waiting.pop()
+        if module.kind == "cuda":
+            return module
+        waiting.extend(module.imports)
+    raise TargetError("The program has no kernel for a GPU to run.")
+
+
+_compiled: dict[str, bytes] = {}  # binaries of loaded artifacts by their source
+
+
+def _offer_binary(directory: Path) -> None:
+    """Have TVM take the artifact's binary: its libraries carry source, and ask this function for it when first run."""
+    _compiled[(directory / SOURCE).read_text(encoding="utf-8")] = (directory / BINARY).read_bytes()
+    tvm_ffi.register_global_func("tvm_callback_cuda_compile", _compiled.__getitem__, override=True)

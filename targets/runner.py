@@ -1,6 +1,8 @@
 """Run a compiled Relax module: inputs checked, exactly as many threads as asked for, answers by task."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from functools import partial
 
@@ -8,7 +10,8 @@ import numpy as np
 import tvm
 from tvm.runtime.vm import VirtualMachine
 
-from targets.base import Array, Tensor
+from targets.artifact import LIBRARY
+from targets.base import Array, Artifact, Tensor
 from targets.errors import TargetError
 
 # Read by TVM when a thread first runs a parallel loop. Left alone, TVM counts half of the machine's cores (it takes
@@ -76,6 +79,23 @@ class VirtualMachineRunner:
 
     def _expected(self) -> str:
         return ", ".join(f"'{spec.name}' {spec.dtype} {spec.shape}" for spec in self._inputs)
+
+
+def open_library(artifact: Artifact) -> tvm.runtime.Module:
+    """Open the library of a verified artifact, from a private copy.
+
+    The system's loader goes by path: opened in place, an artifact that was built again would still run its old code.
+
+    Raises:
+        TargetError: the loader refuses it.
+    """
+    with tempfile.TemporaryDirectory(prefix="taskpress-") as folder:
+        copy = shutil.copy(artifact.directory / LIBRARY, folder)
+        try:
+            return tvm.runtime.load_module(copy)
+        except (RuntimeError, OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise TargetError(f"'{artifact.directory / LIBRARY}' cannot be opened here: {reason}") from error
 
 
 def _copier(tensor: tvm.runtime.Tensor, on_host: bool) -> Callable[[Array], object]:

@@ -150,6 +150,19 @@ def test_building_over_an_artifact_replaces_it(folder: Path) -> None:
     assert [entry.name for entry in folder.parent.iterdir()] == ["copy"]
 
 
+def test_an_artifact_that_was_built_again_runs_its_new_code(folder: Path) -> None:
+    x = networks.example(1, 3, 4, 4)
+    before = CpuTarget().load(artifacts.read(folder), 1)(x)
+    weights = {"w": networks.example(2, 3, 1, 1, seed=7)}
+    nodes = [helper.make_node("Conv", ["x", "w"], ["edges"])]
+    program = networks.node_program(nodes, {"x": (1, 3, 4, 4)}, {"edges": (1, 2, 4, 4)}, weights)
+    target, device = CpuTarget(), networks.cpu_device(bits=networks.host_bits())
+    again = target.build(target.plan(program, device), folder, {}, {})
+    after = target.load(again, 1)(x)
+    np.testing.assert_allclose(after["edges"], networks.answers(program, x)["edges"], atol=1e-6)
+    assert not np.allclose(after["edges"], before["edges"])
+
+
 def test_other_folders_are_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years")
