@@ -21,30 +21,27 @@ class Classes:
 
     def root(self, ids: Tensor) -> Tensor:
         """The class of each id; repeats stay repeats (stride 0)."""
-        while True:
-            above = self._parent[self._parent]
-            if torch.equal(above, self._parent):
-                return self._parent[distinct(ids)].expand(ids.shape)
-            self._parent = above
+        given = roots = distinct(ids)
+        while not torch.equal(above := self._parent[roots], roots):
+            roots = above
+        self._parent[given] = roots  # the next look is one step
+        return roots.expand(ids.shape)
 
     def merge(self, left: Tensor, right: Tensor) -> None:
         """Make each pair of ids one class, element by element (same shape)."""
         if left.stride() == right.stride():
             left, right = distinct(left), distinct(right)
-        count = len(self._parent)
-        pairs = torch.unique(left.reshape(-1) * count + right.reshape(-1))
-        parent = self._parent.tolist()
+        pairs = self.root(left).reshape(-1) * len(self._parent) + self.root(right).reshape(-1)
+        parent = self._parent.numpy()
 
         def find(item: int) -> int:
             while parent[item] != item:
-                parent[item] = parent[parent[item]]
-                item = parent[item]
+                item = int(parent[item])
             return item
 
-        for pair in pairs.tolist():
-            low, high = sorted((find(pair // count), find(pair % count)))
+        for pair in torch.unique(pairs).tolist():
+            low, high = sorted(map(find, divmod(pair, len(parent))))
             parent[high] = low  # FIXED is the lowest, so it always wins
-        self._parent = torch.tensor(parent)
 
     def fix(self, ids: Tensor) -> None:
         """Everything with one of these ids stays."""

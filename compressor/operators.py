@@ -249,8 +249,8 @@ RULES: Mapping[str, Rule] = {
     **_table(
         moved,
         "view reshape _unsafe_view flatten unflatten permute transpose t mT numpy_T swapaxes swapdims movedim moveaxis "
-        "squeeze unsqueeze slice select narrow unbind split split_with_sizes tensor_split chunk cat concat stack expand "
-        "repeat tile repeat_interleave roll flip rot90 pixel_shuffle pixel_unshuffle channel_shuffle",
+        "squeeze unsqueeze slice select narrow unbind split split_with_sizes tensor_split chunk cat concat stack "
+        "expand repeat tile repeat_interleave roll flip rot90 pixel_shuffle pixel_unshuffle channel_shuffle",
     ),
     "getitem": _item,
 }

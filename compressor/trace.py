@@ -63,7 +63,7 @@ def export(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
         ]
         if not all(isinstance(size, int) for size in sizes):
             raise CompressError(
-                f"The shape that {name_of(node)} gives depends on the values it is given; an artifact's shapes are fixed."
+                f"The shape that {name_of(node)} gives depends on values; the shapes in an artifact are fixed."
             )
     signature = program.graph_signature
     if signature.user_inputs_to_mutate:

@@ -250,7 +250,7 @@ class Selecting(nn.Module):
 @pytest.mark.parametrize(
     ("module", "says"),
     [
-        (Selecting(), "The shape that repeat_interleave gives depends on the values"),
+        (Selecting(), "The shape that repeat_interleave gives depends on values"),
         (Stateful(), r"changes its own state \(count\) at every call"),
         (Branching(), "must not branch on tensor values"),
         (Overwriting(), "overwrites its input"),

@@ -113,6 +113,30 @@ def test_an_unread_layer_keeps_one_channel_to_read() -> None:
     assert_answers_as_the_whole(pathway, model)
 
 
+def test_what_no_operator_can_express_stays() -> None:
+    """Every other channel is taken by number; of an uneven rest that would be no slice, of an even one it is."""
+
+    class Alternate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = conv(3, 12), conv(6, 2), conv(12, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.a(x).relu()
+            return self.b(x[:, ::2]), self.c(x)
+
+    for gone, left in ([0, 2], 10), ([2, 6], 12):
+        model = of(Alternate(), torch.randn(1, 3, 8, 8), tasks=2)
+        with torch.no_grad():
+            model.module.b.weight[:, [index // 2 for index in gone]] = 0
+            model.module.c.weight[:, gone] = 0
+        pathway = extract(model, ["t0", "t1"])
+        assert pathway.tensors["a.weight"].shape[0] == left
+        assert_answers_as_the_whole(pathway, model)
+        alone = extract(model, ["t0"])
+        assert_answers_as_the_whole(alone, model)
+
+
 def test_a_concatenated_branch_that_only_zeros_read_goes_whole() -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:
