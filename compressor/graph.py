@@ -95,7 +95,7 @@ def difference(reference: fx.GraphModule, network: fx.GraphModule, inputs: tuple
 
 
 def in_double(network: fx.GraphModule) -> fx.GraphModule:
-    """A copy that computes in float64: tensors, and the float32 that casts and creations in the graph name."""
+    """A copy that computes in float64: tensors, and the float types that casts and creations in the graph name."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(network.graph, {}))
     for node in graph.nodes:
@@ -109,4 +109,4 @@ def in_double(network: fx.GraphModule) -> fx.GraphModule:
 
 
 def _doubled(argument: Any) -> Any:
-    return torch.float64 if argument is torch.float32 else argument
+    return torch.float64 if isinstance(argument, torch.dtype) and argument.is_floating_point else argument

@@ -15,7 +15,7 @@ from compressor.model import MultiTaskModel, get_tensor
 from compressor.pathway import Pathway, extract
 from compressor.trace import trace
 from compressor.workload import Task
-from tests.models import BLOCKS, Spec, build, conv, of, scrambled
+from tests.models import BLOCKS, Lambda, Spec, build, conv, of, scrambled
 
 EXACT = 1e-9
 
@@ -227,6 +227,19 @@ def test_several_inputs_and_token_numbers() -> None:
     with torch.no_grad():
         model.module.a.weight[:, :2] = 0
     assert extract(model, ["t0"]).tensors["words.weight"].shape == (10, 4)
+
+
+def test_half_precision_inside_is_compared_in_float64() -> None:
+    def run(m: Lambda, x: Tensor) -> tuple[Tensor, Tensor]:
+        half = m.a(x).bfloat16().relu().float()
+        return m.b(half), m.c(half)  # type: ignore[operator]
+
+    model = of(Lambda(run, a=conv(3, 8), b=conv(8, 2), c=conv(8, 2)), torch.randn(1, 3, 8, 8), tasks=2)
+    with torch.no_grad():
+        model.module.b.weight[:, 2:6] = 0
+    pathway = extract(model, ["t0"])
+    assert pathway.tensors["a.weight"].shape[0] == 4
+    assert pathway.error <= EXACT
 
 
 def test_task_sets_that_are_none() -> None:
