@@ -2,8 +2,9 @@
 
     python tests/interrupted.py RECIPE FOLDER [MODULE.NAME:CALL ...]
 
-A point is a function and which of its calls ends the process with SIGKILL. Everything is imported once and each run is
-a fork. Prints a JSON list: for each run how it ended, and what finished work then lay in the folder, with its times.
+A point is a function and which of its calls ends the process with SIGKILL. Each run is a fork of one process that has
+imported (and traced once, which imports more) all there is. Prints a JSON list: for each run how it ended, and what
+finished work then lay in the folder, with its times.
 """
 
 import importlib
@@ -14,7 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from compressor import latency, pipeline, recipe  # noqa: F401 - imported before the forks
+from compressor import pipeline, recipe
+from compressor.export import to_program
+from compressor.pathway import extract
 from compressor.progress import Silent
 
 
@@ -32,13 +35,12 @@ def kill_at(point: str) -> None:
     setattr(holder, name, deadly)
 
 
-def once(path: Path, out: Path, point: str) -> int:
+def once(job: pipeline.Job, out: Path, point: str) -> int:
     child = os.fork()
     if child == 0:
         if point:
             kill_at(point)
-        loaded, base = recipe.load(path)
-        pipeline.run(pipeline.prepare(loaded, base, Silent()), out, "compress run")
+        pipeline.run(job, out, "compress run")
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -53,7 +55,10 @@ def finished(out: Path) -> dict[str, int]:
 
 def main() -> None:
     path, out, *points = sys.argv[1:]
-    ends = [(once(Path(path), Path(out), point), finished(Path(out))) for point in (*points, "")]
+    loaded, base = recipe.load(Path(path))
+    job = pipeline.prepare(loaded, base, Silent())
+    to_program(extract(job.model, ["kind"]), job.model.inputs)
+    ends = [(once(job, Path(out), point), finished(Path(out))) for point in (*points, "")]
     json.dump(ends, sys.stdout)
 
 

@@ -25,10 +25,11 @@ def compress(*arguments: object, **environment: str) -> Result:
 
 
 def fails(result: Result, message: str) -> None:
-    """One message on stderr, nothing on stdout, exit code 1, no traceback."""
+    """Progress on stderr and then one message, nothing on stdout, exit code 1, no traceback."""
     assert result.exit_code == 1, result.output
-    assert message in result.stderr
-    assert result.stderr.startswith("compress: ") and "Traceback" not in result.stderr and result.stdout == ""
+    _, said, told = f"\n{result.stderr}".partition("\ncompress: ")
+    assert said and message in told
+    assert "Traceback" not in result.stderr and result.stdout == ""
 
 
 # --- help and usage
