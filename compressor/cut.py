@@ -15,7 +15,7 @@ from compressor.channels import Axis, ChannelMap
 from compressor.graph import argument, name_of, shape_of, tensor_of, with_argument
 from compressor.ids import distinct
 from compressor.operators import MOVING, RESHAPING, move
-from compressor.trace import prune_tensors
+from compressor.trace import living
 
 Sides = list[Tensor]
 """For each dimension of a value, the indices that are left, ascending."""
@@ -75,9 +75,7 @@ class _Cut:
                 lost.add(node)
         if stuck:
             raise CannotCut(stuck)
-        made = fx.GraphModule(self.tensors, self.graph)
-        made.graph.eliminate_dead_code()
-        return prune_tensors(made)
+        return living(fx.GraphModule(self.tensors, self.graph))
 
     def add(self, node: fx.Node) -> None:
         """Put a node's new form into the new graph; nothing where none of its answer is left."""

@@ -90,13 +90,15 @@ def flatten(program: ExportedProgram, names: Mapping[str, str] | None = None) ->
             old = str(node.target)
             new.target = (names or {}).get(old, old)
             tensors[str(new.target)] = tensor_of(lifted, old)
-    flat = fx.GraphModule(tensors, graph)
-    flat.graph.eliminate_dead_code()
-    return prune_tensors(flat)
+    return living(fx.GraphModule(tensors, graph))
 
 
-def prune_tensors(network: fx.GraphModule) -> fx.GraphModule:
-    """Recompile a graph, keeping only the tensors that it still reads."""
+def living(network: fx.GraphModule) -> fx.GraphModule:
+    """A functional graph with only the operators and tensors that its outputs need.
+
+    torch.fx by itself would keep what could draw random numbers, such as another task's dropout or recurrent layer.
+    """
+    network.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     return fx.GraphModule(tensors_of(network), network.graph).eval()
 
 

@@ -44,6 +44,10 @@ def _conv_bn_relu(c: int) -> Built:
     return nn.Sequential(conv(c, 12, bias=False), nn.BatchNorm2d(12), nn.ReLU(inplace=True)), 12
 
 
+def _dropout(c: int) -> Built:
+    return nn.Sequential(conv(c, 8), nn.Dropout2d(), nn.ReLU(), nn.Dropout()), 8
+
+
 def _same_padding(c: int) -> Built:
     return nn.Sequential(nn.Conv2d(c, 8, 3, padding="same"), nn.Hardswish(inplace=True)), 8
 

@@ -48,6 +48,7 @@ def test_every_block_alone(block: str) -> None:
     pathway = extract(model, ["t1"])
     assert_answers_as_the_whole(pathway, model)
     assert not [name for name in pathway.tensors if name.startswith("heads.0")]
+    assert not [name for name in extract(model, ["t0"]).tensors if name.startswith("heads.1")]
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
