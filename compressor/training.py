@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.bench import Bench
 from compressor.errors import CompressError
@@ -27,7 +27,8 @@ class Training(Settings):
             distillation in with `distill_weight` everywhere, "only" looks at no label (for labels that are worse than
             the original's answers), "never" leaves unlabelled tasks alone.
         loss_weights: factor of each task's loss; 1 where none is given.
-        precision: "bf16" runs the forward pass under autocast (fast on CPUs with AMX or AVX512-BF16).
+        precision: "bf16" runs the forward pass under autocast; "auto" does so where the processor multiplies bfloat16
+            (AMX or AVX512-BF16), so its weights differ between machines. Scores are always taken in fp32.
     """
 
     steps: int = Field(ge=0)
@@ -37,7 +38,12 @@ class Training(Settings):
     distill: Literal["missing", "always", "only", "never"] = "missing"
     distill_weight: float = Field(ge=0, default=1.0)
     loss_weights: Mapping[str, float] = {}
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+
+    @property
+    def halves(self) -> bool:
+        """Whether the forward pass runs in bfloat16 here."""
+        return self.precision == "bf16" or self.precision == "auto" and torch.cpu._is_avx512_bf16_supported()
 
 
 def train(
@@ -52,6 +58,7 @@ def train(
     if unknown := sorted(set(how.loss_weights) - set(names)):
         raise CompressError(f"loss_weights: no task '{unknown[0]}'.{did_you_mean(unknown[0], names)}")
     torch.manual_seed(seed)
+    _lay_out(model.module, torch.channels_last)
     parameters = [p for p in model.module.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.dim() > 1]
     plain = [p for p in parameters if p.dim() <= 1]
@@ -81,7 +88,14 @@ def train(
         if snapshot == step + 1:
             saved = _snapshot(model)
     model.module.eval()
+    _lay_out(model.module, torch.contiguous_format)
     return saved
+
+
+def _lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:
+    """Lay out images and their weights; convolutions train faster with the channels last (not for volumes)."""
+    if all(parameter.dim() <= 4 for parameter in module.parameters()):
+        module.to(memory_format=memory_format)  # type: ignore[call-overload]
 
 
 def _schedule(step: int, how: Training) -> float:
@@ -107,7 +121,7 @@ def _batches(bench: Bench, steps: int, seed: int) -> Iterator[Batch]:
 
 
 def _loss(model: MultiTaskModel, bench: Bench, how: Training, batch: Batch) -> Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how.precision == "bf16"):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how.halves):
         raw = model.answers(*batch.inputs)
     answers = {name: answer.float() if answer.is_floating_point() else answer for name, answer in raw.items()}
     losses = dict(bench.workload.losses(answers, batch)) if batch.labels and how.distill != "only" else {}
@@ -115,7 +129,7 @@ def _loss(model: MultiTaskModel, bench: Bench, how: Training, batch: Batch) -> T
     distilled = set() if how.distill == "never" else teachable if how.distill != "missing" else teachable - set(losses)
     terms = [how.loss_weights.get(name, 1.0) * loss for name, loss in losses.items()]
     if distilled:
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=how.precision == "bf16"):
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=how.halves):
             taught = bench.original.answers(*batch.inputs)
         terms += [
             how.distill_weight * how.loss_weights.get(name, 1.0) * _gap(answers[name], taught[name].float())
