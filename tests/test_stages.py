@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -285,7 +286,7 @@ def test_masks_nest_count_exactly_and_spare_biases_and_norms(model: MultiTaskMod
     for masks in rounds:
         left = round(0.3 ** (1 / 3) * left)
         assert sum(int(mask.sum()) for mask in masks.values()) == left
-    for before, later in zip(rounds, rounds[1:], strict=False):
+    for before, later in pairwise(rounds):
         assert all(not bool((later[name] & ~before[name]).any()) for name in names)
     assert all(torch.equal(after.masks[name], rounds[-1][name]) for name in names)
     for name, mask in after.masks.items():

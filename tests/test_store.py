@@ -64,9 +64,12 @@ def test_damaged_facts_are_told_with_the_fix(tmp_path: Path, content: str) -> No
 
 
 def test_a_folder_serves_one_run_at_a_time(tmp_path: Path) -> None:
-    with opened(tmp_path / "out", resume=True):
-        with pytest.raises(CompressError, match="Another run is working in"), opened(tmp_path / "out", resume=True):
-            pass
+    with (
+        opened(tmp_path / "out", resume=True),
+        pytest.raises(CompressError, match="Another run is working in"),
+        opened(tmp_path / "out", resume=True),
+    ):
+        pass
     with opened(tmp_path / "out", resume=True):
         pass
 
@@ -141,7 +144,7 @@ def test_a_full_disk_is_one_message_and_nothing_half_written(tmp_path: Path, wri
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder_is_one_message(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(CompressError, match="Cannot write .*: Permission denied"), opened(tmp_path / "out", True):
+    with pytest.raises(CompressError, match=r"Cannot write .*: Permission denied"), opened(tmp_path / "out", True):
         pass
 
 

@@ -69,5 +69,5 @@ def test_taylor_needs_a_gradient(tmp_path: Path) -> None:
 
     model = tiny.model()
     bench = Bench(Decided(), model, {}, 4, 0, tiny.Silent(), directory=tmp_path)
-    with pytest.raises(CompressError, match="Task 'kind': its loss has no gradient .* use criterion = 'magnitude'"):
+    with pytest.raises(CompressError, match=r"Task 'kind': its loss has no gradient .* use criterion = 'magnitude'"):
         CRITERIA["taylor"].score(model, Prunable.of(model), bench, 1)
