@@ -167,12 +167,19 @@ def test_tiles_fit_the_registers_and_waste_little(name: str, blocks: int, size: 
 def test_chunks_leave_every_core_work_where_there_is_enough() -> None:
     device = networks.cpu_device(cores=4)
     for height in (7, 24, 48, 96):
-        tile = with_tasks(convolution_tile(device, 8, height, height), device, 8, height, 1)
+        tile = with_tasks(convolution_tile(device, 8, height, height), device, 8, height, 1, 1000)
         tasks = ceil(height / tile.rows) / tile.chunk
         assert tasks == int(tasks)
         assert tasks >= min(12, ceil(height / tile.rows))
         assert 8 // tile.blocks % tile.shares == 0
         assert tasks * tile.shares / (ceil(tasks * tile.shares / 4) * 4) >= 0.9
+
+
+def test_weights_larger_than_a_cache_are_read_once() -> None:
+    device = networks.cpu_device(cores=2)
+    tile = with_tasks(convolution_tile(device, 32, 7, 7), device, 32, 7, 1, 9 << 20)
+    assert tile.chunk == ceil(7 / tile.rows)
+    assert tile.shares >= 6
 
 
 @pytest.mark.parametrize("width", [1, 5, 7, 13, 25, 53, 101])

@@ -3,6 +3,7 @@
 Source: Liu et al., "Optimizing CNN Model Inference on CPUs" (NeoCPU), USENIX ATC 2019, for the layout.
 """
 
+from math import prod
 from typing import Any
 
 from tvm import s_tir, te
@@ -23,7 +24,8 @@ def convolution(
     blocks, in_blocks, kernel_h, kernel_w, in_lanes, lanes = (int(size) for size in w_OIHWLL.shape)
     blocks_per_group = blocks * in_blocks // int(x.shape[1])
     tile = convolution_tile(device, blocks_per_group, height, width)
-    tile = with_tasks(tile, device, blocks, height, int(x.shape[0]))
+    weight_bytes = 4 * prod(int(size) for size in w_OIHWLL.shape)
+    tile = with_tasks(tile, device, blocks, height, int(x.shape[0]), weight_bytes)
     rows, columns = tile.padded(height, width)
     padded = padded_input(x, window, rows, columns, 0.0)
     i, kh, kw, il = (te.reduce_axis((0, size), name) for size, name in

@@ -7,6 +7,8 @@ from typing import Any
 
 from profiles.device import Device
 
+_CACHE_BYTES = 1 << 20  # weights up to here are taken to stay in a core's own cache from one row to the next
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
@@ -53,13 +55,17 @@ def convolution_tile(device: Device, blocks: int, height: int, width: int, most_
     return min(_tiles(device, blocks, height, width, most_blocks), key=cost)
 
 
-def with_tasks(tile: Tile, device: Device, blocks: int, height: int, images: int) -> Tile:
+def with_tasks(tile: Tile, device: Device, blocks: int, height: int, images: int, weight_bytes: int) -> Tile:
     """The same tile with the most rows per parallel task that still leaves every core three tasks, if it can be.
 
     Where rows alone keep cores idle for more than a tenth of the time, channel blocks are shared out too; each share
-    pads the input again, so there are as few as help.
+    pads the input again, so there are as few as help. Weights that a core's cache cannot hold are the reason to do
+    the opposite: a task takes all rows of some channel blocks, so that each weight comes from memory once.
     """
     row_tiles = ceil(height / tile.rows)
+    if weight_bytes > _CACHE_BYTES:
+        enough = [share for share in _divisors(blocks // tile.blocks) if images * share >= 3 * device.cores]
+        return replace(tile, chunk=row_tiles, shares=min(enough, default=blocks // tile.blocks))
     fits = [size for size in _divisors(row_tiles) if images * (row_tiles // size) >= 3 * device.cores]
     tasks = images * (row_tiles // max(fits, default=1))
 
