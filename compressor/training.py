@@ -43,7 +43,7 @@ class Training(Settings):
     @property
     def halves(self) -> bool:
         """Whether the forward pass runs in bfloat16 here."""
-        return self.precision == "bf16" or self.precision == "auto" and torch.cpu._is_avx512_bf16_supported()
+        return self.precision == "bf16" or (self.precision == "auto" and torch.cpu._is_avx512_bf16_supported())
 
 
 def train(
