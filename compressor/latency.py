@@ -19,8 +19,8 @@ from compressor.recipe import Recipe
 from profiles.measure import Measurement, cold, interleave
 from targets.base import Array, Program, Target
 
-DENSE = "onnxruntime, original network"
-EAGER = "eager PyTorch, original network"
+DENSE = "ONNX Runtime, dense"
+EAGER = "PyTorch, dense"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def _engines(
     for made in deployed:
         name, tasks, artifact = made.program.name, made.program.tasks, made.artifact
         yield _Engine(name, name, tasks, partial(target.load, artifact, threads), lambda runner: runner(*arrays))
-        graph, load = f"onnxruntime, {name} artifact's graph", partial(session, made.program.model, threads)
+        graph, load = f"ONNX Runtime, {name}", partial(session, made.program.model, threads)
         yield _Engine(graph, name, tasks, load, lambda loaded: run(loaded, arrays))
     yield _Engine(DENSE, "", dense.tasks, partial(session, dense.model, threads), lambda loaded: run(loaded, arrays))
     yield _Engine(EAGER, "", dense.tasks, lambda: original, lambda model: _eager(model, inputs, threads))

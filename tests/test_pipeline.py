@@ -81,9 +81,9 @@ def test_a_run_leaves_a_report_verified_artifacts_and_nothing_else(whole: Path) 
         assert row.latency_ms is not None and row.latency_ms.n == len(row.samples) >= 1
         assert row.ratio_to_dense is not None
     assert {row.name for row in report.baselines} == {
-        "onnxruntime, original network",
-        "eager PyTorch, original network",
-        *(f"onnxruntime, {name} artifact's graph" for name in names),
+        "ONNX Runtime, dense",
+        "PyTorch, dense",
+        *(f"ONNX Runtime, {name}" for name in names),
     }
     assert [stage.kind for stage in report.stages] == ["prune", "ticket", "finetune", "pathway"]
     assert not any(stage.resumed for stage in report.stages)
