@@ -32,7 +32,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Inputs in the order forward takes them, batch first; labels by task name, for some of the tasks only if need be."""
+    """Inputs in the order forward takes them, batch first; labels by task name, for some tasks only if need be."""
 
     inputs: tuple[Tensor, ...]
     labels: Mapping[str, Tensor] = field(default_factory=dict)

@@ -2,8 +2,8 @@
 
     python tools/bench/spine.py [--json FILE] [--quick]
 
-Scenes and DroNet are compressed as their recipes say; MTCCN O-Net and age/gender are cut, compiled and verified.
-Networks whose inputs are absent (../shared/inputs) are left out with a word. Speed-ups are medians of interleaved pairs.
+Scenes and DroNet are compressed as their recipes say; MTCNN O-Net and age/gender are cut, compiled and verified.
+Networks whose inputs are absent (../shared/inputs) are left out with a word. Speed-ups are medians of paired ratios.
 """
 
 import json
@@ -81,7 +81,7 @@ def dronet(folder: Path, quick: bool) -> list[Row]:
 
 
 def foreign(name: str, folder: Path) -> list[Row]:
-    """Every task's pathway cut, compiled, and within tolerance on every rung; the value is the worst error / tolerance."""
+    """Every task's pathway cut, compiled, and within tolerance on every rung; the worst error over its tolerance."""
     report, _ = report_of(f"tests/workloads/{name}.toml", folder, "--set", "measure.seconds=2")
     checks = [check for artifact in report["artifacts"] for check in artifact["verified"]]
     worst = max(check["max_abs_error"] / check["tolerance"] for check in checks)
