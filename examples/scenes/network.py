@@ -9,8 +9,8 @@ from torch.nn.functional import interpolate, relu
 
 from .world import CLASSES
 
-ENCODER = (48, 64, 128)
-DECODER = (64, 48, 32, 16)
+ENCODER = (64, 96, 128)
+DECODER = (80, 80, 64, 16)
 OUTPUTS = {"segmentation": len(CLASSES), "depth": 1, "normals": 3}
 
 
