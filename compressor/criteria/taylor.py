@@ -11,7 +11,7 @@ from compressor.workload import Batch
 
 
 def score(model: MultiTaskModel, prunable: Prunable, bench: Bench, batches: int) -> Tensor:
-    """(task, class) float32 >= 0: the mean over batches of the squared change of each task's loss, to first order,
+    """(task, class) float32 >= 0: the mean over batches of the absolute change of each task's loss, to first order,
     if the channel read zero everywhere.
 
     The change is the sum of gradient * weight over all weights that read the channel, which is the derivative with
@@ -21,7 +21,8 @@ def score(model: MultiTaskModel, prunable: Prunable, bench: Bench, batches: int)
     Raises:
         CompressError: a task's loss has no gradient or is not finite.
 
-    Source: Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, eq. 8, one row per task.
+    Source: Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, eq. 8, one row per task;
+    absolute rather than squared, as values are added up and set against costs here.
     """
     probe = model.clone()
     probe.module.eval()
@@ -44,7 +45,7 @@ def score(model: MultiTaskModel, prunable: Prunable, bench: Bench, batches: int)
                 if gradient is not None:
                     others = [dim for dim in range(weight.dim()) if dim != axis.dim]
                     change_C.index_add_(0, classes, (gradient * weight.detach()).sum(others))
-            total_TC[row] += change_C.square()
+            total_TC[row] += change_C.abs()
     return total_TC / len(seen)
 
 

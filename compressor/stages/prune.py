@@ -17,6 +17,9 @@ from compressor.model import MultiTaskModel
 from compressor.training import Training, train
 from profiles.settings import Settings, did_you_mean
 
+LEAST_PRESSURE = 0.1
+"""Weight of a task that has not used its budget at all, when another has used exactly its own."""
+
 
 class Prune(Settings):
     """Remove the channels worth least per multiply-add and parameter they cost, in rounds, until the goal is met.
@@ -27,8 +30,8 @@ class Prune(Settings):
         rounds: the goal is approached geometrically; importance is measured anew in each round.
         criterion: a name in CRITERIA.
         combine: how a channel's importance to each task becomes one number: each task's row is first scaled to sum 1
-            and divided by the task's budget relative to the others, then "max" protects what any one task needs, "sum"
-            trades tasks against each other.
+            and weighed by the share of its budget that the task has used so far, then "max" protects what any one task
+            needs, "sum" trades tasks against each other.
         batches: calibration batches that importance and batch norm are measured on.
         slack: budgets are multiplied by this while pruning, since a later `finetune` wins much of the drop back.
         keep_at_least: no group goes below this fraction of the width it came with.
@@ -68,10 +71,10 @@ class Prune(Settings):
         floors = {
             group.name: max(min(multiple, len(group)), ceil(self.keep_at_least * len(group))) for group in start.groups
         }
-        good, goal = model, full
+        good, goal, pressure = model, full, dict[str, float]()
         for turn in range(1, self.rounds + 1):
             goal = self._goal(full, turn)
-            candidate, reached = self._shrink(good, bench, goal, multiple, floors)
+            candidate, reached = self._shrink(good, bench, goal, multiple, floors, pressure)
             if self.recover and self.recover.steps:
                 train(candidate, bench, self.recover, f"prune {turn}/{self.rounds}", bench.seed + turn)
             reestimate_batchnorm(candidate.module, bench.calibration(self.batches))
@@ -86,7 +89,7 @@ class Prune(Settings):
             if over := bench.over(scores, self.slack):
                 bench.note(f"prune stopped before round {turn} of {self.rounds}: {over}.")
                 return good
-            good = candidate
+            good, pressure = candidate, spent(bench, scores)
             if _short(reached, goal):
                 bench.note(
                     "prune ended short of its goal: no group may become narrower (widths are multiples of "
@@ -101,12 +104,18 @@ class Prune(Settings):
         return int(full[0] * macs), int(full[1] * parameters)
 
     def _shrink(
-        self, model: MultiTaskModel, bench: Bench, goal: Costs, multiple: int, floors: Mapping[str, int]
+        self,
+        model: MultiTaskModel,
+        bench: Bench,
+        goal: Costs,
+        multiple: int,
+        floors: Mapping[str, int],
+        pressure: Mapping[str, float],
     ) -> tuple[MultiTaskModel, Costs]:
         """A copy cut to the goal, shown to answer as the uncut network does with the same channels zeroed."""
         prunable = Prunable.of(model)
         score_TC = CRITERIA[self.criterion].score(model, prunable, bench, self.batches)
-        value_C = combine(score_TC, [task.name for task in model.tasks], bench, self.combine)
+        value_C = combine(score_TC, [task.name for task in model.tasks], bench, self.combine, pressure)
         groups = list(prunable.groups)
         while True:
             keep = choose(prunable, groups, value_C, goal, multiple, floors)
@@ -126,19 +135,34 @@ class Prune(Settings):
             )
 
 
-def combine(score_TC: Tensor, tasks: list[str], bench: Bench, how: Literal["max", "sum"]) -> Tensor:
-    """(class,) one value a channel from one row a task: rows sum to 1, tighter relative budgets weigh more.
+def combine(
+    score_TC: Tensor, tasks: list[str], bench: Bench, how: Literal["max", "sum"], pressure: Mapping[str, float]
+) -> Tensor:
+    """(class,) one value a channel from one row a task: rows sum to 1, then weigh as their tasks need protection.
 
-    A task without a budget, or whose budget allows its whole score to go, weighs as one with a budget of 100 %.
+    A task weighs as much of its budget as it has used (`pressure`, from the round before); before anything is known, as
+    tight as its budget is relative to its score. One without a budget weighs as one with a budget of 100 %.
     """
     scaled_TC = score_TC / score_TC.sum(1, keepdim=True).clamp_min(1e-30)
-    relative_T = torch.ones(len(tasks))
-    for row, task in enumerate(tasks):
-        before = abs(bench.before.get(task, 0.0))
-        if task in bench.budgets and before:
-            relative_T[row] = min(1.0, max(bench.budgets[task].allowed(before) / before, 1e-4))
-    scaled_TC = scaled_TC * (relative_T.min() / relative_T)[:, None]
+    weight_T = torch.tensor([pressure.get(task, 1 / _relative_budget(bench, task)) for task in tasks])
+    scaled_TC = scaled_TC * (weight_T / weight_T.max())[:, None]
     return scaled_TC.max(0).values if how == "max" else scaled_TC.sum(0)
+
+
+def spent(bench: Bench, scores: Mapping[str, float]) -> dict[str, float]:
+    """The share of its budget that each task has used, at least `LEAST_PRESSURE`; nothing unless all tasks have one."""
+    left = bench.margins(scores)
+    if len(left) < len(bench.original.tasks):
+        return {}
+    allowed = {name: bench.budgets[name].allowed(bench.before[name]) for name in left}
+    return {name: max(1 - left[name] / max(allowed[name], 1e-12), LEAST_PRESSURE) for name in left}
+
+
+def _relative_budget(bench: Bench, task: str) -> float:
+    before = abs(bench.before.get(task, 0.0))
+    if task not in bench.budgets or not before:
+        return 1.0
+    return min(1.0, max(bench.budgets[task].allowed(before) / before, 1e-4))
 
 
 def choose(
