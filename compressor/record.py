@@ -1,15 +1,12 @@
 """What a run found out, gathered into the report's schema."""
 
-import base64
 import hashlib
-import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from compressor.bench import Bench
@@ -18,6 +15,7 @@ from compressor.latency import DENSE, Timed, Timings
 from compressor.model import MultiTaskModel, get_tensor
 from compressor.pathway import count_macs
 from compressor.recipe import Recipe
+from compressor.report.pictures import png
 from compressor.report.schema import (
     ArtifactResult,
     BaselineResult,
@@ -202,10 +200,10 @@ def _pictures(bench: Bench, model: MultiTaskModel) -> tuple[Picture, ...]:
         Picture(
             name=task.name,
             task=task.name,
-            before_png_base64=_png(before[task.name]),
-            after_png_base64=_png(after[task.name]),
-            input_png_base64=_png(before["input"]) if "input" in before else None,
-            truth_png_base64=_png(before[f"{task.name} truth"]) if f"{task.name} truth" in before else None,
+            before_png_base64=png(before[task.name]),
+            after_png_base64=png(after[task.name]),
+            input_png_base64=png(before["input"]) if "input" in before else None,
+            truth_png_base64=png(before[f"{task.name} truth"]) if f"{task.name} truth" in before else None,
         )
         for task in model.tasks
         if task.name in before
@@ -214,14 +212,6 @@ def _pictures(bench: Bench, model: MultiTaskModel) -> tuple[Picture, ...]:
 
 def _first_row(batch: Batch) -> Batch:
     return Batch(tuple(x[:1] for x in batch.inputs), {name: label[:1] for name, label in batch.labels.items()})
-
-
-def _png(image: np.ndarray) -> str:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _split_sha256(bench: Bench) -> str:
