@@ -29,7 +29,7 @@ WEIGHTS = {"segmentation": 1.0, "depth": 3.0, "normals": 1.0}
 
 def main(
     out: Annotated[Path, typer.Option(help="Where the weights go.")] = OUT,
-    steps: Annotated[int, typer.Option(help="Batches of 32.")] = 2800,
+    steps: Annotated[int, typer.Option(help="Batches of 32.")] = 2300,
     train_scenes: int = 16000,
     seed: int = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
