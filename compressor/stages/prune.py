@@ -190,6 +190,9 @@ def choose(
         best = min((name for name in left if name in offers), key=price, default=None)
         if best is None:
             break
+        enough = [n for n in left if n in offers and all(ledger.now[k] - offers[n][1][k] <= goal[k] for k in wanted)]
+        if enough and offers[last := min(enough, key=lambda n: offers[n][0])][0] <= offers[best][0]:
+            best = last  # one more slice will do, so its cost does not matter any more
         dropped = offers[best][2]
         ledger.drop(dropped)
         left[best] = left[best][: -len(dropped)]
