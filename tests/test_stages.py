@@ -244,19 +244,20 @@ def test_choosing_is_greedy_by_value_for_cost(model: MultiTaskModel) -> None:
     goal, floors = (full[0] // 2, full[1] // 2), dict.fromkeys((group.name for group in prunable.groups), 4)
     keep = prunable.keep_all()
     while any(now > wanted for now, wanted in zip(prunable.cost(keep), goal, strict=True)):
-        now, best = prunable.cost(keep), None
+        now, offers = prunable.cost(keep), []
         for group in prunable.groups:
             left = sorted(group.classes[keep[group.classes]].tolist(), key=lambda k: value[k])
             if len(left) - 4 < 4:
                 continue
             trial = keep.clone()
             trial[left[:4]] = False
-            saved = sum((a - b) / f for a, b, f, w in zip(now, prunable.cost(trial), full, goal, strict=True) if a > w)
-            price = float(value[left[:4]].sum()) / saved
-            if best is None or price < best[0]:
-                best = price, trial
-        assert best is not None
-        keep = best[1]
+            then = prunable.cost(trial)
+            saved = sum((a - b) / f for a, b, f, w in zip(now, then, full, goal, strict=True) if a > w)
+            worth = float(value[left[:4]].sum())
+            offers.append((worth / saved, worth, then[0] <= goal[0] and then[1] <= goal[1], trial))
+        best = min(offers, key=lambda offer: offer[0])
+        enough = min((offer for offer in offers if offer[2]), key=lambda offer: offer[1], default=best)
+        keep = (enough if enough[1] <= best[1] else best)[3]
     assert torch.equal(choose(prunable, list(prunable.groups), value, goal, 4, floors), keep)
 
 
