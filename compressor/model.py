@@ -163,6 +163,9 @@ def _pick(raw: object, task: Task) -> Tensor:
 def load_checkpoint(workload: Workload, checkpoint: Path | None) -> MultiTaskModel:
     """The trained network as the user brought it, checked before any work starts.
 
+    Weights too small for a normal float become zero: weight decay leaves them in dead channels, where they change no
+    answer, and processors compute with them about twenty times more slowly.
+
     Raises:
         CompressError: the file is missing, no safetensors file, or does not fit the network; a weight or an answer
             is not finite; forward fails on the example inputs or does not return what the tasks say.
@@ -174,6 +177,10 @@ def load_checkpoint(workload: Workload, checkpoint: Path | None) -> MultiTaskMod
     broken = [n for n, value in module.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise CompressError(f"The weights hold NaN or infinity: {_some(broken)}.")
+    with torch.no_grad():
+        for value in module.state_dict().values():
+            if value.is_floating_point():
+                value[value.abs() < torch.finfo(value.dtype).smallest_normal] = 0.0
     model = MultiTaskModel(module, tuple(workload.tasks), tuple(workload.example_inputs()))
     try:
         with torch.no_grad():
