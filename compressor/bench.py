@@ -138,9 +138,15 @@ def rehearse(bench: Bench, splits: tuple[Split, ...]) -> None:
                 )
 
 
+def running_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The batch norms that keep running statistics."""
+    found = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [norm for norm in found if norm.track_running_stats]
+
+
 def reestimate_batchnorm(module: nn.Module, batches: list[Batch]) -> None:
     """Replace the running statistics of every batch norm by plain averages over the given batches."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = running_norms(module)
     momenta = [norm.momentum for norm in norms]
     module.eval()
     for norm in norms:

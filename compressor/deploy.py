@@ -30,8 +30,8 @@ class Deployed:
     """One built artifact.
 
     Attributes:
-        verified: what the ladder compared; empty when this machine cannot run the artifact.
-        unverified: then, why it cannot.
+        verified: what the ladder compared; without the rung "artifact" when this machine cannot run the artifact.
+        unverified: then, why it cannot; empty otherwise.
     """
 
     pathway: Pathway
@@ -43,6 +43,11 @@ class Deployed:
     verified: tuple[Compared, ...]
     unverified: str
     resumed: bool
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether this machine can run the artifact, so that its own answers were verified."""
+        return not self.unverified
 
 
 def deploy(
@@ -70,9 +75,8 @@ def deploy(
     proof = store.facts("verified", key)
     built = _already(final, plan.digest())
     if proof is not None and built is not None:
-        verified = tuple(Compared(**row) for row in proof["verified"])
-        unverified = "" if verified else _refusal(target, built)
-        if verified or unverified:
+        verified, unverified = tuple(Compared(**row) for row in proof["verified"]), proof["unverified"]
+        if not unverified or _load(target, built)[0] is None:
             return Deployed(pathway, program, built, *sizes, proof["compile_s"], verified, unverified, resumed=True)
     with writing(final):
         final.parent.mkdir(exist_ok=True)
@@ -80,13 +84,10 @@ def deploy(
     try:
         begun = time.monotonic()
         built = target.build(plan, draft, _files(model, pathway), _about(pathway, sizes, bench))
-        facts: dict[str, Any] = {"compile_s": time.monotonic() - begun, "verified": []}
-        unverified = _refusal(target, built)
-        verified = ()
-        if not unverified:
-            runner = target.load(built, threads=1)
-            verified = tuple(_verify(model, pathway, (exported, program), runner, target, device, bench, inputs))
-        facts["verified"] = [asdict(row) for row in verified]
+        facts: dict[str, Any] = {"compile_s": time.monotonic() - begun}
+        runner, unverified = _load(target, built)
+        verified = tuple(_verify(model, pathway, (exported, program), runner, target, device, bench, inputs))
+        facts |= {"verified": [asdict(row) for row in verified], "unverified": unverified}
         with writing(final):
             if final.exists():
                 shutil.rmtree(final)
@@ -110,20 +111,19 @@ def _already(directory: Path, plan: str) -> Artifact | None:
     return found if found.manifest.plan == plan else None
 
 
-def _refusal(target: Target, built: Artifact) -> str:
-    """Why this machine cannot run an artifact; empty when it can."""
+def _load(target: Target, built: Artifact) -> tuple[Runner | None, str]:
+    """An artifact's runner, or why this machine cannot run it."""
     try:
-        target.load(built, threads=1)
+        return target.load(built, threads=1), ""
     except TargetError as error:
-        return str(error)
-    return ""
+        return None, str(error)
 
 
 def _verify(
     model: MultiTaskModel,
     pathway: Pathway,
     programs: tuple[Program, Program],
-    built: Runner,
+    built: Runner | None,
     target: Target,
     device: Device,
     bench: Bench,

@@ -84,8 +84,8 @@ def time_all(
     """
     inputs = real_inputs(original, bench, 1)[0]
     dense = to_program(extract(original, [task.name for task in original.tasks]), original.inputs)[1]
-    verified = [made for made in deployed if made.verified]
-    names = {made.program.name for made in verified}
+    running = [made for made in deployed if made.runs_here]
+    names = {made.program.name for made in running}
     artifacts: list[Timed] = []
     baselines: list[Timed] = []
     here = len(os.sched_getaffinity(0))
@@ -94,7 +94,7 @@ def time_all(
         bench.progress.line(
             f"Measuring with {threads} thread{'s' * (threads > 1)}, at most {recipe.measure.seconds:g} s"
         )
-        engines = list(_engines(original, verified, dense, target, threads, inputs))
+        engines = list(_engines(original, running, dense, target, threads, inputs))
         try:
             for timed in _time(engines, threads, recipe):
                 (artifacts if timed.name in names else baselines).append(timed)

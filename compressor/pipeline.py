@@ -168,7 +168,7 @@ def _deploy(job: Job, model: MultiTaskModel, tasks: tuple[str, ...], store: Stor
     job.bench.progress.line(f"Artifact {'+'.join(tasks)} for {job.device.name} ({job.target.name})")
     made = deploy(model, tasks, job.target, job.device, job.bench, store, job.recipe.verify_inputs)
     how = "kept as it was" if made.resumed else f"compiled in {made.compile_s:.1f} s"
-    proof = "verified" if made.verified else f"neither verified nor measured: {made.unverified}"
+    proof = "verified" if made.runs_here else f"verified up to Relax, not run here: {made.unverified}"
     job.bench.progress.line(f"  {made.pathway.macs / 1e6:.1f} M MACs, {made.parameters:,} parameters; {how}; {proof}")
     return made
 
@@ -176,7 +176,7 @@ def _deploy(job: Job, model: MultiTaskModel, tasks: tuple[str, ...], store: Stor
 def _measured(job: Job, store: Store, deployed: list[Deployed]) -> tuple[Timings, Environment]:
     """Timings, and the surroundings in which they were taken."""
     surroundings = environment()
-    if not any(made.verified for made in deployed):
+    if not any(made.runs_here for made in deployed):
         return Timings((), ()), surroundings
     recipe = job.recipe
     here = [surroundings.cpu, surroundings.affinity, surroundings.variables]

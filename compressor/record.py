@@ -229,11 +229,14 @@ def _warnings(
         if stage.note:
             yield f"Stage {stage.index + 1} ({stage.kind}): {stage.note}"
     for made in deployed:
-        if not made.verified:
-            yield f"Artifact '{made.program.name}' was built but neither verified nor measured: {made.unverified}"
+        if not made.runs_here:
+            yield (
+                f"Artifact '{made.program.name}' was built, and verified up to Relax, but not run here: "
+                f"{made.unverified}"
+            )
     measured = {timed.threads for timed in timings.artifacts}
     lacking = [str(count) for count in recipe.threads if count not in measured]
-    if lacking and any(made.verified for made in deployed):
+    if lacking and any(made.runs_here for made in deployed):
         yield f"Not measured with {', '.join(lacking)} threads: this process may use fewer cores."
     if not all(timed.measurement.stable for timed in (*timings.artifacts, *timings.baselines)):
         yield "Some engines had not settled when their warm-up time was over; see the drift column."

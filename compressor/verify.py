@@ -47,14 +47,14 @@ def climb(
     inputs: Sequence[tuple[Tensor, ...]],
     make_relax: Make,
     make_artifact: Make,
-    built: Answer,
+    built: Answer | None,
 ) -> list[Compared]:
     """Compare every rung with eager on every input.
 
     Args:
         programs: the pathway's ONNX as exported, and simplified.
         make_relax, make_artifact: build a runner for any program; the latter is only asked for parts, to find a layer.
-        built: the loaded artifact.
+        built: the loaded artifact; None where it cannot run, and the ladder ends before it.
 
     Raises:
         CompressError: naming the first rung that differs, the task, the error, and the first layer that differs.
@@ -63,7 +63,7 @@ def climb(
         eager = [{t: a.numpy() for t, a in model.answers(*x).items() if t in pathway.tasks} for x in inputs]
     exported, simplified = programs
     arrays = [tuple(t.numpy() for t in x) for x in inputs]
-    rungs: dict[str, Callable[[], Answer]] = {
+    rungs: dict[str, Callable[[], Answer | None]] = {
         "pathway": lambda: lambda *x: _network(pathway, x),
         "onnx": lambda: onnx_answers(exported),
         "onnxsim": lambda: onnx_answers(simplified),
@@ -73,6 +73,8 @@ def climb(
     found = []
     for rung in RUNGS:
         answer = rungs[rung]()
+        if answer is None:
+            break
         given = [answer(*x) for x in arrays]
         for task in pathway.tasks:
             pairs = [(want[task], have[task]) for want, have in zip(eager, given, strict=True)]

@@ -167,6 +167,17 @@ def test_batch_norm_is_replaced_by_plain_averages(trained: MultiTaskModel, bench
     assert norm.momentum == 0.1 and not module.training and not norm.training
 
 
+def test_training_leaves_batch_norm_at_plain_averages_over_its_last_steps(
+    trained: MultiTaskModel, bench: Bench
+) -> None:
+    model, seen = trained.clone(), []
+    model.module.stem[0].register_forward_hook(lambda _, __, out: seen.append(out.detach().mean((0, 2, 3))))
+    train(model, bench, Training(steps=30, learning_rate=1e-12), "settle", 0)
+    assert len(seen) == 30
+    assert torch.allclose(model.module.stem[1].running_mean, torch.stack(seen[-20:]).mean(0), atol=1e-5)
+    assert model.module.stem[1].momentum == trained.module.stem[1].momentum
+
+
 def test_batch_norm_that_keeps_no_statistics_is_left_alone(bench: Bench) -> None:
     module = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2, track_running_stats=False))
     reestimate_batchnorm(module, bench.calibration(1))

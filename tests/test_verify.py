@@ -20,7 +20,9 @@ from compressor.pathway import Pathway, extract
 from compressor.store import opened
 from compressor.verify import RUNGS, Answer, climb, compare, difference, onnx_answers, told
 from profiles.device import load as load_device
-from targets.base import Array, Program
+from targets.base import Array, Artifact, Program, Runner
+from targets.cpu import CpuTarget
+from targets.errors import TargetError
 from targets.registry import target
 
 TASKS = ("kind", "size", "mask")
@@ -231,6 +233,25 @@ def test_a_lowering_that_is_wrong_deploys_nothing(
         made = deploy(model, ("kind",), target("cpu"), device, bench, store, 2)
     assert [path.name for path in (tmp_path / "out" / "artifacts").iterdir()] == ["kind"]
     assert {c.rung for c in made.verified} == set(RUNGS) and made.unverified == ""
+
+
+def test_an_artifact_for_elsewhere_is_verified_on_every_rung_but_its_own(
+    model: MultiTaskModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def elsewhere(self: CpuTarget, artifact: Artifact, threads: int) -> Runner:
+        raise TargetError("built for another machine")
+
+    bench = tiny.bench(model, tmp_path)
+    with opened(tmp_path / "out", resume=True) as store, monkeypatch.context() as patch:
+        patch.setattr(CpuTarget, "load", elsewhere)
+        made = deploy(model, ("kind",), target("cpu"), load_device("host"), bench, store, 2)
+        assert {c.rung for c in made.verified} == set(RUNGS) - {"artifact"}
+        assert made.unverified == "built for another machine" and not made.runs_here
+        again = deploy(model, ("kind",), target("cpu"), load_device("host"), bench, store, 2)
+        assert again.resumed and again.verified == made.verified
+        patch.undo()
+        here = deploy(model, ("kind",), target("cpu"), load_device("host"), bench, store, 2)
+    assert not here.resumed and here.runs_here and {c.rung for c in here.verified} == set(RUNGS)
 
 
 def test_real_inputs_are_spread_over_the_validate_split(model: MultiTaskModel, tmp_path: Path) -> None:

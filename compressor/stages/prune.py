@@ -32,7 +32,7 @@ class Prune(Settings):
         combine: how a channel's importance to each task becomes one number: each task's row is first scaled to sum 1
             and weighed by the share of its budget that the task has used so far, then "max" protects what any one task
             needs, "sum" trades tasks against each other.
-        batches: calibration batches that importance and batch norm are measured on.
+        batches: calibration batches that importance is measured on, and batch norm where nothing is recovered.
         slack: budgets are multiplied by this while pruning, since a later `finetune` wins much of the drop back.
         keep_at_least: no group goes below this fraction of the width it came with.
         round_to: widths become multiples of this; 0 means the device's vector width.
@@ -75,9 +75,10 @@ class Prune(Settings):
         for turn in range(1, self.rounds + 1):
             goal = self._goal(full, turn)
             candidate, reached = self._shrink(good, bench, goal, multiple, floors, pressure)
-            if self.recover and self.recover.steps:
+            if self.recover and self.recover.steps:  # which leaves batch norm better estimated than a few batches would
                 train(candidate, bench, self.recover, f"prune {turn}/{self.rounds}", bench.seed + turn)
-            reestimate_batchnorm(candidate.module, bench.calibration(self.batches))
+            else:
+                reestimate_batchnorm(candidate.module, bench.calibration(self.batches))
             scores = bench.scores(candidate)
             told = "; ".join(
                 [

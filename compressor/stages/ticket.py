@@ -24,7 +24,7 @@ class Ticket(Settings):
             k > 0 first trains the dense network and rewinds to its weights after k of those steps.
         train: what happens in each round (and first, for rewind_step > 0).
         slack: budgets are multiplied by this while rounds are judged.
-        calibrate_batches: batch norm is re-estimated on so many before a round is judged.
+        calibrate_batches: batch norm is re-estimated on so many before a round is judged, where it trains no step.
 
     Source: Frankle & Carbin, ICLR 2019; rewinding: Frankle et al., ICML 2020; Renda et al., ICLR 2020.
     """
@@ -61,8 +61,10 @@ class Ticket(Settings):
         for turn in range(1, self.rounds + 1):
             masks = smallest_out(trained, prunable_weights(trained.module), share, self.scope)
             candidate = rewind(trained, rewound, masks)
-            train(candidate, bench, self.train, f"ticket {turn}/{self.rounds}", bench.seed + turn)
-            reestimate_batchnorm(candidate.module, bench.calibration(self.calibrate_batches))
+            if self.train.steps:
+                train(candidate, bench, self.train, f"ticket {turn}/{self.rounds}", bench.seed + turn)
+            else:
+                reestimate_batchnorm(candidate.module, bench.calibration(self.calibrate_batches))
             scores = bench.scores(candidate)
             density = sum(int(m.sum()) for m in masks.values()) / max(1, sum(m.numel() for m in masks.values()))
             told = ", ".join(f"{name} {score:.4g}" for name, score in scores.items())

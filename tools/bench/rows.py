@@ -36,7 +36,7 @@ def finish(rows: list[Row], to: Path | None) -> None:
     for row in rows:
         bound = f"{'<=' if row.most else '>='} {row.goal:g}"
         verdict = "holds" if row.holds else "FALLS SHORT"
-        where = f"{row.network:12} {row.peer:14} {row.threads or '-':>2}"
+        where = f"{row.network:14} {row.peer:14} {row.threads or '-':>2}"
         print(f"{row.case:{width}}  {where}  {row.value:10.4g}  {bound:10}  {verdict}")
     if to is not None:
         facts = [{k: v for k, v in asdict(row).items() if k != "most"} | {"holds": row.holds} for row in rows]
