@@ -2,8 +2,9 @@
 
     python tools/bench/spine.py [--json FILE] [--quick]
 
-Scenes and DroNet are compressed as their recipes say, with three seeds (--quick: one); MTCNN O-Net and age/gender are cut, compiled and verified.
-Networks whose inputs are absent (../shared/inputs) are left out with a word. Speed-ups are medians of paired ratios.
+Scenes and DroNet are compressed as their recipes say, with three seeds (--quick: one); MTCNN O-Net and age/gender are
+cut, compiled and verified. Networks whose inputs are absent (../shared/inputs) are left out with a word. Speed-ups are
+medians of paired ratios.
 """
 
 import json
