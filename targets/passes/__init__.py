@@ -8,12 +8,14 @@ from targets.passes.blocked import blocked
 from targets.passes.fold import fold
 from targets.passes.pattern import correct_patterns
 from targets.passes.schedule import schedule
+from targets.passes.sparse import sparse
 from targets.passes.vector_math import vector_math
 
 
 def cpu_passes(module: tvm.IRModule, device: Device) -> tvm.IRModule:
     """Relax as imported to scheduled kernels for a CPU; call it within the device's TVM target."""
     module = fold(module)  # batch norms and moved constants, so that only real weights are left to pack
+    module = sparse(module, device)  # convolutions with mostly zero weights, and what follows them
     module = blocked(module, device)  # channels in blocks of vector lanes, weights packed; conversions where needed
     for step in (
         relax.transform.FoldConstant(),  # what is left of constant arithmetic

@@ -24,7 +24,7 @@ def schedule(module: tvm.IRModule, device: Device) -> tvm.IRModule:
     """No function keeps TVM's serial scalar loops."""
     scheduled = {}
     for name, function in module.functions.items():
-        if isinstance(function, tirx.PrimFunc):
+        if isinstance(function, tirx.PrimFunc) and "scheduled" not in function.attrs:
             s = s_tir.Schedule(function)
             _schedule(s, device)
             scheduled[name] = s.mod["main"]

@@ -30,7 +30,7 @@ def run(command: str) -> float:
 
 
 def main() -> None:
-    given = options(__doc__)
+    given = options(__doc__).parse_args()
     main_job, tests = COMMAND.findall((ROOT / "README.md").read_text())
     rows = [Row("install and main job, seconds", "scenes", "", 2, run(main_job), 480, most=True)]
     if not given.quick:

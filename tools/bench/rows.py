@@ -23,11 +23,12 @@ class Row:
         return self.value <= self.goal if self.most else self.value >= self.goal
 
 
-def options(description: str | None) -> argparse.Namespace:
+def options(description: str | None) -> argparse.ArgumentParser:
+    """The options of every benchmark; one may add its own."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--quick", action="store_true", help="less sampling, the same figures")
-    return parser.parse_args()
+    return parser
 
 
 def finish(rows: list[Row], to: Path | None) -> None:
@@ -36,7 +37,7 @@ def finish(rows: list[Row], to: Path | None) -> None:
     for row in rows:
         bound = f"{'<=' if row.most else '>='} {row.goal:g}"
         verdict = "holds" if row.holds else "FALLS SHORT"
-        where = f"{row.network:14} {row.peer:14} {row.threads or '-':>2}"
+        where = f"{row.network:14} {row.peer:13} {row.threads or '-':>2}"
         print(f"{row.case:{width}}  {where}  {row.value:10.4g}  {bound:10}  {verdict}")
     if to is not None:
         facts = [{k: v for k, v in asdict(row).items() if k != "most"} | {"holds": row.holds} for row in rows]

@@ -102,7 +102,7 @@ def help_seconds() -> Row:
 
 
 def main() -> None:
-    given = options(__doc__)
+    given = options(__doc__).parse_args()
     rows = [help_seconds()]
     with tempfile.TemporaryDirectory() as folder:
         seeds = (0,) if given.quick else (0, 1, 2)
