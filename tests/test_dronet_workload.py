@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from compressor.errors import CompressError
 from compressor.workload import Batch, Workload
-from examples.dronet.workload import DroNet, LogitAccuracy
+from examples.dronet.workload import DroNet, LogitAccuracy, _altered
 
 INPUTS = Path("../shared/inputs/dronet")
 needs_inputs = pytest.mark.skipif(
@@ -36,11 +36,13 @@ def root(tmp_path: Path) -> Path:
 
 
 def numbers(workload: DroNet, split: str, seed: int = 0) -> list[tuple[str, list[int]]]:
-    """Each batch's task and frame numbers."""
+    """Each batch's task and frame numbers, read off frames as they are."""
     found = []
-    for batch in workload.batches(split, seed):  # type: ignore[arg-type]
-        (task,) = batch.labels
-        found.append((task, (batch.inputs[0][:, 0, 0, 0] * 255).round().int().tolist()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("examples.dronet.workload._altered", lambda frame, label, *_: (frame, label))
+        for batch in workload.batches(split, seed):  # type: ignore[arg-type]
+            (task,) = batch.labels
+            found.append((task, (batch.inputs[0][:, 0, 0, 0] * 255).round().int().tolist()))
     return found
 
 
@@ -81,6 +83,27 @@ def test_training_batches_mix_the_tasks_and_follow_from_the_seed(root: Path) -> 
     tasks = [task for task, _ in first]
     assert tasks != sorted(tasks, reverse=True)
     assert numbers(workload, "validate", 1) == numbers(workload, "validate", 2)
+
+
+@pytest.mark.parametrize("task", ["steering", "collision"])
+def test_a_mirrored_frame_steers_the_other_way_and_light_changes_no_label(task: str) -> None:
+    frame = torch.zeros(400, 1, 8, 8)
+    frame[..., :4] = 0.5  # bright on the left
+    label = torch.linspace(0.1, 1, 400)[:, None]
+    altered, labels = _altered(frame, label, task, np.random.default_rng(0))
+    mirrored = altered[:, 0, 0, 0] < altered[:, 0, 0, 7]
+    assert 120 < mirrored.sum() < 280 and len(altered.flatten(1).unique(dim=0)) > 350
+    wanted = torch.where(mirrored[:, None], -label, label) if task == "steering" else label
+    assert torch.equal(labels, wanted) and altered.min() >= 0 and altered.max() <= 1
+
+
+def test_frames_are_altered_in_training_alone_and_follow_from_the_seed(root: Path) -> None:
+    workload = DroNet(str(root), batch_size=8)
+    first, again, other = (next(iter(workload.batches("train", seed))).inputs[0] for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    for split in ("calibrate", "validate"):
+        frame = next(iter(workload.batches(split, 1))).inputs[0]  # type: ignore[arg-type]
+        assert torch.equal(frame[:, 0, 1:].unique(), torch.zeros(1))
 
 
 def test_the_workload_keeps_the_protocol(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from targets.base import Array, Program
 from targets.cpu import CpuTarget
 from targets.kernels.regions import Regions, shifts
+from targets.kernels.sparse import SparseConvolution
 from targets.kernels.window import Window
 
 SPARSE = import_module("targets.passes.sparse")  # the package has a function of that name
@@ -79,12 +81,12 @@ def test_only_what_is_mostly_zero_is_sparse() -> None:
     channels=st.tuples(st.integers(1, 9), st.integers(1, 9)), size=st.tuples(st.integers(1, 19), st.integers(1, 19)),
     kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)), stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     padding=st.tuples(st.integers(0, 3), st.integers(0, 3)), dilation=st.integers(1, 2),
-    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]), bits=st.sampled_from([256, host_bits()]), seed=st.integers(0, 99),
+    chunk=st.sampled_from([1, 2, 5, 1 << 30]), density=st.sampled_from([0.0, 0.1, 0.5, 1.0]), bits=st.sampled_from([256, host_bits()]), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
 def test_any_window_any_density(
     channels: tuple[int, int], size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int],
-    padding: tuple[int, int], dilation: int, density: float, bits: int, seed: int,
+    padding: tuple[int, int], dilation: int, chunk: int, density: float, bits: int, seed: int,
 ) -> None:  # fmt: skip
     if any(dilation * (k - 1) + 1 > s + 2 * p for k, s, p in zip(kernel, size, padding, strict=True)):
         return
@@ -95,6 +97,7 @@ def test_any_window_any_density(
     program = to_program(conv.float(), (torch.zeros(1, channels[0], *size),), ("map",))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SPARSE, "_pays", lambda *_: True)
+        patch.setattr(SparseConvolution, "chunked", lambda kernel, *_: replace(kernel, chunk=chunk))
         have = run_built(program, cpu_device(bits=bits), x)["map"]
     assert np.allclose(have, want, atol=1e-5 * max(1, np.abs(want).max()))
 

@@ -132,7 +132,7 @@ class _Sparse(Walk):
         return self._grouped[value]
 
     def _emit(self, made: _Waiting) -> Any:
-        kernel = made.kernel
+        kernel = made.kernel.chunked(int(np.count_nonzero(made.weights)), self._device)
         x = self._with_border(made.source, kernel.regions, kernel.window)
         starts, offsets, values = kernel.weights(made.weights)
         if not len(values):
