@@ -81,7 +81,8 @@ def test_only_what_is_mostly_zero_is_sparse() -> None:
     channels=st.tuples(st.integers(1, 9), st.integers(1, 9)), size=st.tuples(st.integers(1, 19), st.integers(1, 19)),
     kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)), stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     padding=st.tuples(st.integers(0, 3), st.integers(0, 3)), dilation=st.integers(1, 2),
-    chunk=st.sampled_from([1, 2, 5, 1 << 30]), density=st.sampled_from([0.0, 0.1, 0.5, 1.0]), bits=st.sampled_from([256, host_bits()]), seed=st.integers(0, 99),
+    chunk=st.sampled_from([1, 2, 5, 1 << 30]), density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    bits=st.sampled_from([256, host_bits()]), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
 def test_any_window_any_density(
