@@ -4,7 +4,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from compressor.errors import CompressError
+from targets.artifact import sync
 
 MARK = ".taskpress"
 FACTS = "facts.json"
@@ -130,13 +130,3 @@ def writing(path: Path) -> Iterator[None]:
         if error.errno in DISK or beside:
             raise CompressError(f"Cannot write '{path}': {error.strerror}. Nothing half-written was left.") from error
         raise
-
-
-def sync(folder: Path) -> None:
-    """Have a folder and the files in it on the disk before it gets its name."""
-    for path in (*folder.iterdir(), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -38,7 +38,7 @@ def staged(directory: Path) -> Iterator[Path]:
         directory.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
         yield folder
-        _sync(folder)
+        sync(folder)
         _replace(folder, directory)
     except OSError as error:
         why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
@@ -132,7 +132,8 @@ def _replaceable(directory: Path) -> bool:
     return directory.is_dir() and ((directory / MANIFEST).exists() or not any(directory.iterdir()))
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Have a folder and the files in it on the disk before it gets its name."""
     for path in (*folder.iterdir(), folder):
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -19,9 +19,10 @@ from targets.kernels.sparse import SparseConvolution, regroup, shift, sparse_con
 from targets.kernels.window import Window
 from targets.passes.walk import Walk, array_of, ints, operator, rewrite, shape_of
 
-# Cycles, fitted to times of single kernels with AVX-512: a vector multiply-add from the caches against one from
-# registers, and one vector of a tensor that is laid out anew.
-_SPARSE_CYCLES, _DENSE_CYCLES, _REGROUP_CYCLES = 0.9, 0.54, 6.0
+# Cycles, fitted to times of single kernels with AVX-512: a vector multiply-add that reads from the caches and one of a
+# dense kernel, one vector of a tensor that is laid out anew, and starting one more kernel on several threads.
+_SPARSE_CYCLES, _DENSE_CYCLES, _REGROUP_CYCLES, _KERNEL_CYCLES = 1.2, 0.54, 10.0, 10_000
+_WORTH = 0.8  # the share of the dense time below which it is done: the estimate may be off by as much
 
 
 def sparse(module: tvm.IRModule, device: Device) -> tvm.IRModule:
@@ -180,9 +181,11 @@ def _pays(kernel: SparseConvolution, weights: Array) -> bool:
     """Whether skipping zeros should save more than less regular reads and the change of layout cost."""
     regions, (outputs, inputs, *window) = kernel.regions, weights.shape
     sparse_cycles = np.count_nonzero(weights) * regions.positions * _SPARSE_CYCLES
-    sparse_cycles += inputs * kernel.down * kernel.across * _REGROUP_CYCLES
+    laid_out = inputs * kernel.down * kernel.across + outputs * regions.positions
+    sparse_cycles += laid_out * _REGROUP_CYCLES + 2 * _KERNEL_CYCLES
     pixels = regions.height * regions.width
-    return bool(sparse_cycles < outputs * inputs * np.prod(window) * pixels / regions.lanes * _DENSE_CYCLES)
+    dense_cycles = outputs * inputs * np.prod(window) * pixels / regions.lanes * _DENSE_CYCLES
+    return bool(sparse_cycles < _WORTH * dense_cycles)
 
 
 def _table(values: Array) -> Any:

@@ -8,6 +8,7 @@ installed: pip install openvino), sparse and pruned ones beside dense ONNX Runti
 """
 
 import math
+import random
 import statistics
 import sys
 import tempfile
@@ -104,11 +105,17 @@ def openvino(program: Program, threads: int) -> Engine | None:
 
 
 def latencies(engines: dict[str, Engine], x: Array, rounds: int, calls: int) -> dict[str, list[float]]:
-    """Median seconds a call of each engine in each round; a pause before each lets the others' threads fall asleep."""
+    """Median seconds a call of each engine in each round, in random order.
+
+    A pause before each lets the threads of the one before fall asleep: engines keep them spinning for a while.
+    """
     found: dict[str, list[float]] = {name: [] for name in engines}
+    order, rng = list(engines), random.Random(0)
     for _ in range(rounds):
-        for name, run in engines.items():
-            time.sleep(0.01)
+        rng.shuffle(order)
+        for name in order:
+            run = engines[name]
+            time.sleep(0.1)
             run(x)
             run(x)
             samples = []
