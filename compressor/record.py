@@ -178,6 +178,7 @@ def _baseline(timed: Timed, original: Size, deployed: Sequence[Deployed]) -> Bas
     own = next((made for made in deployed if made.program.name == timed.artifact), None)
     return BaselineResult(
         name=timed.name,
+        artifact=timed.artifact,
         tasks=timed.tasks,
         threads=timed.threads,
         macs=own.pathway.macs if own else original.macs,

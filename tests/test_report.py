@@ -18,6 +18,7 @@ from compressor.errors import CompressError
 from compressor.report import SECTIONS, pictures, read, render, write
 from compressor.report.numbers import MINUS, NONE, change, count, listed, number, percent, percentile, seconds, size
 from compressor.report.schema import SCHEMA, ArtifactResult, Latency, Part, Report, TaskResult
+from compressor.report.tradeoff import _owners
 from profiles.measure import Emulated, Estimate, Measurement
 
 VOID = {"meta", "img", "br", "link"}
@@ -178,6 +179,16 @@ def test_a_latency_that_never_settled_says_so() -> None:
     restless["latency_ms"] |= {"stable": False, "warmup_calls": 9}
     text = Page(render(Report.model_validate(report.model_dump() | {"baselines": (restless,)}))).text
     assert "| onnxruntime dense | 1 | measured, never settled | 5" in text
+
+
+def test_an_engine_that_runs_a_compressed_graph_stands_at_the_compressed_score() -> None:
+    report = fake_report.report()
+    own = report.baselines[0].model_copy(update={"artifact": report.artifacts[0].name})
+    report = report.model_copy(update={"baselines": (own, *report.baselines[1:])})
+    task = report.tasks[0]
+    scores = [(owner, score) for _, owner, score in _owners(report, task)]
+    assert (own, task.after) in scores and (report.baselines[1], task.before) in scores
+    assert task.after != task.before
 
 
 def test_the_verdict_names_what_is_beyond_budget() -> None:

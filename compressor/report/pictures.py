@@ -47,7 +47,11 @@ def section(report: Report) -> Section | None:
     }
     fields |= {"Before": "before_png_base64", "After": "after_png_base64"}
     rows = tuple(
-        (f"{p.name}, {p.task}", tuple(getattr(p, field) for field in fields.values())) for p in report.pictures
+        (
+            p.name if p.name == p.task else f"{p.name}, {p.task}",
+            tuple(getattr(p, field) for field in fields.values()),
+        )
+        for p in report.pictures
     )
     lead = "Before is the original network, after the compressed one."
     return Section("Pictures", (Gallery(tuple(fields), rows),), lead)

@@ -255,9 +255,14 @@ class ArtifactResult(Timed):
 
 
 class BaselineResult(Timed):
-    """Something to compare with, measured in the same rounds as the artifacts, such as "onnxruntime dense"."""
+    """Something to compare with, measured in the same rounds as the artifacts, such as "onnxruntime dense".
+
+    Attributes:
+        artifact: the artifact whose graph another engine ran; empty for the original network.
+    """
 
     name: str
+    artifact: str = ""
     tasks: tuple[str, ...]
     threads: Annotated[int, Field(ge=1)]
     macs: NonNegativeInt

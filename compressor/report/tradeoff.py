@@ -48,8 +48,9 @@ def _owners(report: Report, task: TaskResult) -> Iterator[tuple[str, Owner, floa
         if task.name in artifact.tasks and artifact.latency_ms and task.after is not None:
             yield OWN if len(artifact.tasks) == 1 else SHARED, artifact, task.after
     for baseline in report.baselines:
-        if task.name in baseline.tasks and baseline.latency_ms and task.before is not None:
-            yield baseline.name, baseline, task.before
+        score = task.after if baseline.artifact else task.before
+        if task.name in baseline.tasks and baseline.latency_ms and score is not None:
+            yield baseline.name, baseline, score
 
 
 def _draw(
