@@ -40,7 +40,7 @@ def make_workload(named: str, options: Mapping[str, Any], paths: Mapping[str, st
         made = factory(**options, **places)
     except CompressError:
         raise
-    except Exception as error:
+    except Exception as error:  # the user's own code raises what it likes
         raise CompressError(f"{named} cannot be made: {type(error).__name__}: {error}") from error
     parts = ("tasks", "normalisation", "build", "example_inputs", "batches", "losses", "metrics")
     if lacking := [part for part in parts if not hasattr(made, part)]:
@@ -66,7 +66,7 @@ def module_of(where: str, base: Path) -> ModuleType:
     if not where.endswith(".py"):
         try:
             return importlib.import_module(where)
-        except Exception as error:
+        except Exception as error:  # the user's own code raises what it likes
             raise CompressError(f"{where} cannot be imported: {type(error).__name__}: {error}.") from error
     path = (base / where).resolve()
     if not path.is_file():
@@ -85,7 +85,7 @@ def module_of(where: str, base: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except Exception as error:  # the user's own code raises what it likes
         del sys.modules[name]
         raise CompressError(f"{path} cannot be imported: {type(error).__name__}: {error}.") from error
     return module

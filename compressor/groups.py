@@ -88,7 +88,7 @@ class Prunable:
         try:
             with torch.no_grad():
                 smaller.answers(*model.inputs)
-        except Exception as error:
+        except Exception as error:  # the user's own code raises what it likes
             raise CompressError(f"The network's code fixes a size that the cut changes: {error}") from error
         cut, zeroed = trace(smaller), trace(model.clone())
         with torch.no_grad():

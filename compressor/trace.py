@@ -51,7 +51,7 @@ def export(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
             program = torch.export.export(module, inputs, strict=False)
             if any(_mutates(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})
-    except Exception as error:
+    except Exception as error:  # its many errors have no common base
         first = str(error).strip().split("\n", 1)[0]
         raise CompressError(
             f"The network cannot be traced by torch.export ({type(error).__name__}: {first}). "

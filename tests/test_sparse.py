@@ -8,6 +8,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
+from hypothesis import example as example_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import answers, cpu_device, example, host_bits, run_built, settle, to_program
@@ -99,6 +100,30 @@ def test_any_window_any_density(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SPARSE, "_pays", lambda *_: True)
         patch.setattr(SparseConvolution, "chunked", lambda kernel, *_: replace(kernel, chunk=chunk))
+        have = run_built(program, cpu_device(bits=bits), x)["map"]
+    assert np.allclose(have, want, atol=1e-5 * max(1, np.abs(want).max()))
+
+
+@given(
+    size=st.tuples(st.integers(1, 19), st.integers(1, 19)), kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)), padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    bits=st.sampled_from([256, host_bits()]),
+)  # fmt: skip
+@example_of(size=(3, 3), kernel=(1, 1), stride=(2, 2), padding=(1, 1), bits=host_bits())  # same size, other pixels
+@settings(max_examples=15, deadline=None)
+def test_any_window_reads_regions_as_it_reads_a_plane(
+    size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], bits: int
+) -> None:
+    if any(k > s + 2 * p for k, s, p in zip(kernel, size, padding, strict=True)):
+        return
+    first, second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 5, kernel, stride, padding)
+    x = example(1, 3, *size)
+    net = thinned(nn.Sequential(first, nn.ReLU(), second), 0.5)
+    with torch.no_grad():
+        want = net.double()(torch.from_numpy(x).double()).numpy()
+    program = to_program(net.float(), (torch.zeros(1, 3, *size),), ("map",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SPARSE, "_pays", lambda *_: True)
         have = run_built(program, cpu_device(bits=bits), x)["map"]
     assert np.allclose(have, want, atol=1e-5 * max(1, np.abs(want).max()))
 

@@ -37,6 +37,7 @@ class SparseConvolution:
         steps: what follows bias and residual sum, in order: ("max" or "min", bound).
         residual: whether a tensor of the outputs' shape is added.
         chunk: input channels that are added to all outputs of a tile before the next ones are; sums wait in the output.
+            All of them, until `chunked` says otherwise.
     """
 
     inputs: int
@@ -243,9 +244,9 @@ def _visit(
     _either(chunk == conv.chunks - 1, end, conv.chunks > 1)
 
 
-def _either(condition: Any, emit: Callable[[bool], None], open_: bool) -> None:
-    """`emit(True)` where the condition holds and `emit(False)` where not; always the former unless it is open."""
-    if not open_:
+def _either(condition: Any, emit: Callable[[bool], None], undecided: bool) -> None:
+    """`emit(True)` where the condition holds and `emit(False)` where not; always the former unless undecided."""
+    if not undecided:
         emit(True)
         return
     with T.If(condition):

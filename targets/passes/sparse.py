@@ -162,7 +162,7 @@ class _Sparse(Walk):
             return self._call(function, [self.read(source), _table(places)], size)
         flat, given = self._regions_of(source)
         places, stride = given.places(y, x), given.positions * given.lanes
-        if given == regions and len(y) == given.positions:
+        if given == regions and window == Window((1, 1)):
             return flat
         spans = shifts(places)
         if spans is None:

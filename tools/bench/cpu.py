@@ -162,7 +162,7 @@ def network_rows(name: str, folder: Path, rounds: int) -> list[Row]:
         best = min(peers, key=lambda peer: statistics.median(seen[peer]))
         for variant in artifacts:
             peer = best if variant == "dense" else "ONNX Runtime"
-            goal = GOALS.get((variant, name), LEAST.get(variant, 0.0))
+            goal = GOALS.get((variant, name), LEAST.get(variant))
             faster = times_faster(seen[variant], seen[peer])
             rows.append(Row(variant, name, peer, threads, faster, goal, most=False))
             if variant != "dense":
@@ -179,7 +179,7 @@ def overall(rows: list[Row]) -> list[Row]:
         for threads in (1, 2):
             values = [row.value for row in rows if row.case == variant and row.threads == threads]
             mean = math.exp(statistics.fmean(map(math.log, values)))
-            found.append(Row(variant, "all of them", "fastest peer", threads, mean, goal, most=False))
+            found.append(Row(variant, f"mean of {len(values)}", "fastest peer", threads, mean, goal, most=False))
     return found
 
 

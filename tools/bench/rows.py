@@ -8,18 +8,23 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure. `goal` is a bound: `most` says whether it is the largest or the smallest value that holds."""
+    """One figure. `goal` is a bound: `most` says whether it is the largest or the smallest value that holds.
+
+    A figure without a goal is for the record; whether it holds is then None.
+    """
 
     case: str
     network: str
     peer: str
     threads: int
     value: float
-    goal: float
+    goal: float | None
     most: bool
 
     @property
-    def holds(self) -> bool:
+    def holds(self) -> bool | None:
+        if self.goal is None:
+            return None
         return self.value <= self.goal if self.most else self.value >= self.goal
 
 
@@ -35,8 +40,8 @@ def finish(rows: list[Row], to: Path | None) -> None:
     """Print a table, and write the rows as JSON; whatever holds, the caller exits 0."""
     width = max(len(row.case) for row in rows)
     for row in rows:
-        bound = f"{'<=' if row.most else '>='} {row.goal:g}"
-        verdict = "holds" if row.holds else "FALLS SHORT"
+        bound = "" if row.goal is None else f"{'<=' if row.most else '>='} {row.goal:g}"
+        verdict = {True: "holds", False: "FALLS SHORT", None: "no goal"}[row.holds]
         where = f"{row.network:14} {row.peer:13} {row.threads or '-':>2}"
         print(f"{row.case:{width}}  {where}  {row.value:10.4g}  {bound:10}  {verdict}")
     if to is not None:
