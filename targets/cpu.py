@@ -10,6 +10,7 @@ from tvm import relax
 from profiles.device import Device, Kind
 from targets import artifact as artifacts
 from targets.base import Artifact, BuildPlan, Program, Runner
+from targets.choice import Choices
 from targets.errors import TargetError
 from targets.kind import require_kind
 from targets.link import link, link_command, linker
@@ -34,7 +35,7 @@ class CpuTarget:
         require_kind(self.name, self.kind, device)
         target = tvm.target.Target(dict(device.target))
         with target:
-            module = cpu_passes(lower(program), device)
+            module = cpu_passes(lower(program), device, Choices())
         return BuildPlan(
             target=self.name,
             device=device,

@@ -19,8 +19,13 @@ from targets.errors import TargetError
 os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count() or 1))
 os.environ.setdefault("TVM_BIND_THREADS", "0")
 
-_configure = tvm.get_global_func("runtime.config_threadpool")
+_config_threadpool = tvm.get_global_func("runtime.config_threadpool")
 _BIG_CORES = 1
+
+
+def configure(threads: int) -> None:
+    """Let TVM's next parallel loops use so many threads, the caller's included."""
+    _config_threadpool(_BIG_CORES, threads)
 
 
 class VirtualMachineRunner:
@@ -41,7 +46,7 @@ class VirtualMachineRunner:
         self, module: tvm.runtime.Module, device: tvm.runtime.Device, inputs: tuple[Tensor, ...],
         tasks: tuple[str, ...], threads: int,
     ) -> None:
-        _configure(_BIG_CORES, max(threads, 1))
+        configure(max(threads, 1))
         granted = tvm.runtime.num_threads()
         if granted != threads:
             raise TargetError(
@@ -66,7 +71,7 @@ class VirtualMachineRunner:
                     f"Input '{spec.name}' is {given.dtype} {given.shape}; the artifact takes {self._expected()}."
                 )
             fill(given)
-        _configure(_BIG_CORES, self._threads)
+        configure(self._threads)
         found = self._main(*self._tensors)
         return {task: self._array(tensor) for task, tensor in zip(self.tasks, found, strict=True)}
 

@@ -1,21 +1,27 @@
 """Kernels over odd shapes against ONNX Runtime, and the cost rule that picks their tiles."""
 
+from dataclasses import replace
 from math import ceil, erf, floor
 
 import networks
 import numpy as np
 import pytest
+import torch
+import tvm
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
 from profiles.device import load, names
 from targets.base import Array, Program
+from targets.kernels.methods import ConvolutionLayer, Winograd
 from targets.kernels.resize import taps
 from targets.kernels.sliding import window_counts
 from targets.kernels.tile import convolution_tile, sliding_tile, with_tasks
 from targets.kernels.transposed import Phases
 from targets.kernels.window import Window
+from targets.passes.channels import Channels, pack_convolution
+from targets.tune import kernel_of
 
 pytestmark = pytest.mark.compile
 compiled = settings(max_examples=25, deadline=None, derandomize=True)
@@ -75,6 +81,47 @@ def test_convolution_of_any_geometry(
     shape = (n, 5 if twice else outputs, height, width)
     program = networks.node_program(nodes, {"x": (n, inputs, h, w)}, {"y": shape}, weights)
     check(program, bits, cores, networks.example(n, inputs, h, w, seed=4))
+
+
+@compiled
+@given(st.integers(1, 2), CHANNELS, CHANNELS, st.integers(2, 19), st.integers(2, 19), st.data())
+def test_every_method_of_a_dense_convolution(
+    n: int, inputs: int, outputs: int, h: int, w: int, data: st.DataObject
+) -> None:
+    """Against float64; whichever method and tile a record may pick."""
+    bits, padding = data.draw(BITS), data.draw(st.integers(0, 2))
+    window, lanes = Window((3, 3), (1, 1), (padding, padding, min(padding, 1), padding)), bits // 32
+    height, width = output_size(window, (h, w))
+    assume(min(height, width) > 0)
+    device = networks.cpu_device(bits=bits, cores=data.draw(st.sampled_from([1, 2])))
+    given_, made = Channels((inputs,), lanes), Channels((outputs,), lanes)
+    layer = ConvolutionLayer(
+        (n, given_.blocks, h, w, lanes), (made.blocks, given_.blocks, 3, 3, lanes, lanes), window, height, width
+    )
+    methods = layer.candidates(device)
+    winograd = [method for method in methods if isinstance(method, Winograd)]
+    assert bool(winograd) == (min(height, width) >= 2)
+    method = data.draw(st.sampled_from(winograd or methods))
+    x, weights = networks.example(n, inputs, h, w), networks.example(outputs, inputs, 3, 3, seed=1)
+    run, (_, _, y) = kernel_of(method, device)
+    packed, blocked = method.pack(pack_convolution(weights, given_, made)), np.moveaxis(given_.pack(x, 1), 2, -1)
+    tensors = [tvm.runtime.tensor(array.copy()) for array in (blocked, packed, np.full_like(y, np.nan))]
+    run(*tensors)
+    found = np.moveaxis(tensors[2].numpy(), -1, 2).reshape(n, -1, height, width)[:, :outputs]
+    wanted = torch.nn.functional.conv2d(
+        torch.nn.functional.pad(torch.tensor(x, dtype=torch.float64), (padding, padding, padding, window.padding[2])),
+        torch.tensor(weights, dtype=torch.float64),
+    ).numpy()
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6 * np.sqrt(9 * inputs) * max(1, np.abs(wanted).max()))
+
+
+def test_a_large_plane_of_many_channels_is_convolved_by_winograd() -> None:
+    layer = ConvolutionLayer(
+        (1, 4, 56, 56, 16), (4, 4, 3, 3, 16, 16), Window((3, 3), padding=(1, 1, 1, 1)), 56, 56
+    )
+    assert min(layer.candidates(networks.cpu_device()), key=lambda one: one.cycles).name.startswith("winograd 4")
+    strided = replace(layer, window=Window((3, 3), (2, 2), (1, 1, 1, 1)), height=28, width=28)
+    assert all(one.name.startswith("direct") for one in strided.candidates(networks.cpu_device()))
 
 
 @compiled

@@ -3,29 +3,26 @@
 Source: Liu et al., "Optimizing CNN Model Inference on CPUs" (NeoCPU), USENIX ATC 2019, for the layout.
 """
 
-from math import prod
+from collections.abc import Mapping
 from typing import Any
 
 from tvm import s_tir, te
 
-from profiles.device import Device
 from targets.kernels.epilogue import gather_epilogue, pull_padding, store_by_vectors
-from targets.kernels.tile import Tile, convolution_tile, with_tasks
+from targets.kernels.tile import Tile
 from targets.kernels.window import Window, padded_input
 
 
 def convolution(
-    x: te.Tensor, w_OIHWLL: te.Tensor, window: Window, height: int, width: int, device: Device
+    x: te.Tensor, w_OIHWLL: te.Tensor, window: Window, height: int, width: int, tile: Tile, about: Mapping[str, Any]
 ) -> te.Tensor:
     """Output (N, O, height, width, L) of blocked `x`, or of planar (N, channels, H, W) with one-lane weights.
 
-    Weights of a grouped convolution have fewer input blocks than `x`; each group's outputs are whole blocks.
+    Weights of a grouped convolution have fewer input blocks than `x`; each group's outputs are whole blocks. `about`
+    goes onto the kernel's anchor.
     """
     blocks, in_blocks, kernel_h, kernel_w, in_lanes, lanes = (int(size) for size in w_OIHWLL.shape)
     blocks_per_group = blocks * in_blocks // int(x.shape[1])
-    tile = convolution_tile(device, blocks_per_group, height, width)
-    weight_bytes = 4 * prod(int(size) for size in w_OIHWLL.shape)
-    tile = with_tasks(tile, device, blocks, height, int(x.shape[0]), weight_bytes)
     rows, columns = tile.padded(height, width)
     padded = padded_input(x, window, rows, columns, 0.0)
     i, kh, kw, il = (te.reduce_axis((0, size), name) for size, name in
@@ -37,7 +34,7 @@ def convolution(
         read = padded(n, first + i, *window.at(h, w, kh, kw), *lane)
         return te.sum(read * w_OIHWLL(o, i, kh, kw, il, ol), axis=[i, kh, kw, il])
 
-    attrs = tile.annotations("convolution")
+    attrs = {**tile.annotations("convolution"), **about}
     whole = te.compute((x.shape[0], blocks, rows, columns, lanes), value, name="convolution", attrs=attrs)
     if (rows, columns) == (height, width):
         return whole

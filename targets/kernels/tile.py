@@ -7,7 +7,7 @@ from typing import Any
 
 from profiles.device import Device
 
-_CACHE_BYTES = 1 << 20  # weights up to here are taken to stay in a core's own cache from one row to the next
+CACHE_BYTES = 1 << 20  # weights up to here are taken to stay in a core's own cache from one row to the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,9 @@ class Tile:
     columns: int
     chunk: int = 1
     shares: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.blocks}x{self.rows}x{self.columns} {self.chunk}/{self.shares}"
 
     @classmethod
     def of(cls, annotations: Mapping[str, Any]) -> "Tile":
@@ -40,19 +43,30 @@ class Tile:
 def convolution_tile(device: Device, blocks: int, height: int, width: int, most_blocks: int = 4) -> Tile:
     """The tile with the fewest estimated cycles for `blocks` output channel blocks of height x width.
 
-    Two fused multiply-adds start each cycle and take four, so eight accumulators must be in flight; each step loads
-    `blocks` weight vectors and one input value for each pixel, two loads a cycle. Pixels beyond the output are waste.
     Among equals the tile with more pixels wins: it reads each weight less often.
     """
+    return convolution_tiles(device, blocks, height, width, most_blocks)[0]
 
-    def cost(tile: Tile) -> tuple[float, int]:
-        products = tile.blocks * tile.rows * tile.columns
-        loads = tile.blocks + tile.rows * tile.columns
-        step = max(products / 2, loads / 2, 4.0) + 0.1 * tile.blocks
-        rows, columns = tile.padded(height, width)
-        return step * (rows * columns / (tile.rows * tile.columns)) * (blocks / tile.blocks), -tile.rows * tile.columns
 
-    return min(_tiles(device, blocks, height, width, most_blocks), key=cost)
+def convolution_tiles(device: Device, blocks: int, height: int, width: int, most_blocks: int = 4) -> list[Tile]:
+    """Every tile that fits into the registers, the one with the fewest estimated cycles first."""
+    return sorted(
+        _tiles(device, blocks, height, width, most_blocks),
+        key=lambda tile: (product_cycles(tile, blocks, height, width), -tile.rows * tile.columns),
+    )
+
+
+def product_cycles(tile: Tile, blocks: int, height: int, width: int) -> float:
+    """Estimated cycles to add one input value times its weights to every output, `blocks` blocks of height x width.
+
+    Two fused multiply-adds start each cycle and take four, so eight accumulators must be in flight; each step loads
+    `blocks` weight vectors and one input value for each pixel, two loads a cycle. Pixels beyond the output are waste.
+    """
+    products = tile.blocks * tile.rows * tile.columns
+    loads = tile.blocks + tile.rows * tile.columns
+    step = max(products / 2, loads / 2, 4.0) + 0.1 * tile.blocks
+    rows, columns = tile.padded(height, width)
+    return step * (rows * columns / (tile.rows * tile.columns)) * (blocks / tile.blocks)
 
 
 def with_tasks(tile: Tile, device: Device, blocks: int, height: int, images: int, weight_bytes: int) -> Tile:
@@ -63,17 +77,17 @@ def with_tasks(tile: Tile, device: Device, blocks: int, height: int, images: int
     the opposite: a task takes all rows of some channel blocks, so that each weight comes from memory once.
     """
     row_tiles = ceil(height / tile.rows)
-    if weight_bytes > _CACHE_BYTES:
-        enough = [share for share in _divisors(blocks // tile.blocks) if images * share >= 3 * device.cores]
+    if weight_bytes > CACHE_BYTES:
+        enough = [share for share in divisors(blocks // tile.blocks) if images * share >= 3 * device.cores]
         return replace(tile, chunk=row_tiles, shares=min(enough, default=blocks // tile.blocks))
-    fits = [size for size in _divisors(row_tiles) if images * (row_tiles // size) >= 3 * device.cores]
+    fits = [size for size in divisors(row_tiles) if images * (row_tiles // size) >= 3 * device.cores]
     tasks = images * (row_tiles // max(fits, default=1))
 
     def idle(shares: int) -> float:
         turns = ceil(tasks * shares / device.cores)
         return 1 - tasks * shares / (turns * device.cores)
 
-    shares = next((share for share in _divisors(blocks // tile.blocks) if idle(share) <= 0.1), 1)
+    shares = next((share for share in divisors(blocks // tile.blocks) if idle(share) <= 0.1), 1)
     return replace(tile, chunk=max(fits, default=1), shares=shares)
 
 
@@ -84,17 +98,17 @@ def sliding_tile(device: Device, height: int, width: int, planes: int) -> Tile:
     """
     columns = min(range(1, min(width, device.vector_registers // 2) + 1),
                   key=lambda size: (ceil(width / size) * max(size, 4), -size))
-    fits = [size for size in _divisors(height) if planes * (height // size) >= 3 * device.cores]
+    fits = [size for size in divisors(height) if planes * (height // size) >= 3 * device.cores]
     return Tile(1, 1, columns, max(fits, default=1))
 
 
 def _tiles(device: Device, blocks: int, height: int, width: int, most_blocks: int) -> Iterator[Tile]:
-    for group in (size for size in _divisors(blocks) if size <= most_blocks):
+    for group in (size for size in divisors(blocks) if size <= most_blocks):
         for rows in range(1, min(height, 4) + 1):
             for columns in range(1, width + 1):
                 if group * rows * columns + group + 1 <= device.vector_registers:
                     yield Tile(group, rows, columns)
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]

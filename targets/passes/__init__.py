@@ -4,6 +4,7 @@ import tvm
 from tvm import relax
 
 from profiles.device import Device
+from targets.choice import Choices
 from targets.passes.blocked import blocked
 from targets.passes.fold import fold
 from targets.passes.pattern import correct_patterns
@@ -12,11 +13,11 @@ from targets.passes.sparse import sparse
 from targets.passes.vector_math import vector_math
 
 
-def cpu_passes(module: tvm.IRModule, device: Device) -> tvm.IRModule:
+def cpu_passes(module: tvm.IRModule, device: Device, choices: Choices) -> tvm.IRModule:
     """Relax as imported to scheduled kernels for a CPU; call it within the device's TVM target."""
     module = fold(module)  # batch norms and moved constants, so that only real weights are left to pack
     module = sparse(module, device)  # convolutions with mostly zero weights, and what follows them
-    module = blocked(module, device)  # channels in blocks of vector lanes, weights packed; conversions where needed
+    module = blocked(module, device, choices)  # channels in blocks of vector lanes, weights packed
     for step in (
         relax.transform.FoldConstant(),  # what is left of constant arithmetic
         relax.transform.LegalizeOps(),  # every other operator becomes a kernel

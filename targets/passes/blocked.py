@@ -16,9 +16,10 @@ from tvm import relax
 
 from profiles.device import Device
 from targets.base import Array
-from targets.kernels.convolution import convolution
+from targets.choice import Choices
 from targets.kernels.dense import dense, narrow_dense
 from targets.kernels.layout import block, unblock
+from targets.kernels.methods import ConvolutionLayer
 from targets.kernels.resize import resize, taps
 from targets.kernels.sliding import depthwise, max_pool, sum_pool, window_counts
 from targets.kernels.transposed import Phases, interleave, phase_weights, phase_window
@@ -48,15 +49,17 @@ class Blocked:
     channels: Channels
 
 
-def blocked(module: tvm.IRModule, device: Device) -> tvm.IRModule:
+def blocked(module: tvm.IRModule, device: Device, choices: Choices) -> tvm.IRModule:
     """The module with blocked convolutions and all that follows them; other operators untouched."""
-    return rewrite(module, lambda builder, old: _Blocker(builder, old, device))
+    return rewrite(module, lambda builder, old: _Blocker(builder, old, device, choices))
 
 
 class _Blocker(Walk):
-    def __init__(self, builder: relax.BlockBuilder, module: tvm.IRModule, device: Device) -> None:
+    def __init__(
+        self, builder: relax.BlockBuilder, module: tvm.IRModule, device: Device, choices: Choices
+    ) -> None:
         super().__init__(builder, module)
-        self._device = device
+        self._device, self._choices = device, choices
         self._lanes = device.vector_lanes
         self._blocked: dict[Any, Blocked] = {}
         self._rules: dict[str, Callable[[Any], Any]] = {
@@ -109,13 +112,15 @@ class _Blocker(Walk):
             self._blocked[value] = Blocked(made, channels)
         return self._blocked[value]
 
-    def _kernel(self, function: Callable[..., Any], *arguments: Any, anchors: bool = False, **settings: Any) -> Any:
+    def _kernel(
+        self, function: Callable[..., Any], *arguments: Any, anchors: bool = False, name: str = "", **settings: Any
+    ) -> Any:
         attrs = {"primfunc_attrs": _FUSES_ELEMENTWISE} if anchors else {}
 
         def compute(*tensors: Any) -> Any:
             return function(*tensors, **settings)
 
-        return self.builder.emit_te(compute, *arguments, primfunc_name_hint=function.__name__, **attrs)
+        return self.builder.emit_te(compute, *arguments, primfunc_name_hint=name or function.__name__, **attrs)
 
     # Rules: each returns the blocked result, a planar variable, or None to leave the operator as it is
 
@@ -125,7 +130,7 @@ class _Blocker(Walk):
             return None
         source, groups, (_, in_channels, *_) = call.args[0], int(attrs.groups), shape_of(call.args[0])
         window = Window(weights.shape[2:], ints(attrs.strides), ints(attrs.padding), ints(attrs.dilation))
-        settings = {"window": window, "height": shape_of(call)[2], "width": shape_of(call)[3], "device": self._device}
+        height, width = shape_of(call)[2:]
         outputs = Channels((weights.shape[0],), self._lanes)
         if source not in self._blocked and groups == 1 and in_channels < self._lanes:
             inputs, x = Channels((in_channels,), 1), self.read(source)
@@ -136,12 +141,22 @@ class _Blocker(Walk):
             inputs, x = given.channels, given.value
         if groups == in_channels == weights.shape[0] and groups > 1:
             packed = np.ascontiguousarray(np.moveaxis(inputs.pack(weights[:, 0], 0), 1, -1))
-            return Blocked(self._kernel(depthwise, x, relax.const(packed), anchors=True, **settings), inputs)
+            made = self._kernel(
+                depthwise, x, relax.const(packed), anchors=True, window=window, height=height, width=width,
+                device=self._device,
+            )
+            return Blocked(made, inputs)
         if groups > 1:
             weights, groups = whole_groups(weights, groups, inputs)
         per_group = inputs if groups == 1 else Channels((weights.shape[1],), self._lanes)
-        packed = relax.const(pack_convolution(weights, per_group, outputs))
-        return Blocked(self._kernel(convolution, x, packed, anchors=True, **settings), outputs)
+        packed = pack_convolution(weights, per_group, outputs)
+        return Blocked(self._dense(x, packed, window, height, width), outputs)
+
+    def _dense(self, x: Any, packed: Array, window: Window, height: int, width: int) -> Any:
+        """The dense convolution of `x` that is chosen for its layer."""
+        layer = ConvolutionLayer(shape_of(x), packed.shape, window, height, width)
+        method = self._choices.best(layer.key, layer.candidates(self._device))
+        return self._kernel(method.kernel, x, relax.const(method.pack(packed)), anchors=True, name="convolution")
 
     def _transposed_convolution(self, call: Any) -> Blocked | None:
         weights, attrs, given = array_of(call.args[1]), call.attrs, self._block(call.args[0])
@@ -154,10 +169,7 @@ class _Blocker(Walk):
         outputs = Channels((shape_of(call)[1],), self._lanes)
         phases = Channels(outputs.segments * (rows.stride * columns.stride), self._lanes)
         packed = pack_convolution(phase_weights(weights, int(attrs.groups), rows, columns), given.channels, phases)
-        made = self._kernel(
-            convolution, given.value, relax.const(packed), anchors=True, window=phase_window(rows, columns),
-            height=rows.count, width=columns.count, device=self._device,
-        )
+        made = self._dense(given.value, packed, phase_window(rows, columns), rows.count, columns.count)
         return Blocked(self._kernel(interleave, made, rows=rows, columns=columns), outputs)
 
     def _max_pool(self, call: Any) -> Blocked | None:

@@ -11,12 +11,14 @@ from targets.kernels.convolution import schedule_convolution
 from targets.kernels.dense import schedule_dense, schedule_narrow_dense
 from targets.kernels.other import schedule_other
 from targets.kernels.sliding import schedule_sliding
+from targets.kernels.winograd import schedule_winograd
 
 _TEMPLATES: dict[str, Callable[[s_tir.Schedule, Any], None]] = {
     "convolution": schedule_convolution,
     "sliding": schedule_sliding,
     "dense": schedule_dense,
     "narrow_dense": schedule_narrow_dense,
+    "winograd": schedule_winograd,
 }
 
 

@@ -1,0 +1,66 @@
+"""Which kernel computes a layer: the one measured fastest, or where nothing was measured, the one that should be.
+
+A layer is known by its key, a candidate by its name; both are plain text, so that records outlive a process and can be
+pinned beside an artifact. The same layers, candidates and records give the same choices, on any machine.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from targets.base import Array
+
+Records = Mapping[str, Mapping[str, float]]  # seconds by layer and candidate
+
+
+class Candidate(Protocol):
+    """One way to compute a layer.
+
+    `cycles` is what it should take, all cores together; only ratios count. `trial` is a kernel, scheduled unless an
+    anchor's annotation says how, and arguments of the right shapes, the result last: what is timed.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def cycles(self) -> float: ...
+    def trial(self) -> tuple[Any, list[Array]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How one layer was decided: names and seconds are empty where nothing was measured."""
+
+    layer: str
+    picked: Candidate
+    candidates: Sequence[Candidate]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def expected(self, candidate: Candidate) -> float:
+        """Seconds of a candidate: as measured, or its cycles at the pace of those that were; in cycles if none was."""
+        if candidate.name in self.seconds:
+            return self.seconds[candidate.name]
+        paces = [self.seconds[c.name] / c.cycles for c in self.candidates if c.name in self.seconds]
+        return candidate.cycles * (statistics.median(paces) if paces else 1.0)
+
+
+class Choices:
+    """Decides layers by `records` and remembers each decision, in order, for whoever tunes or reports."""
+
+    def __init__(self, records: Records | None = None) -> None:
+        self._records = records or {}
+        self.made: dict[str, Choice] = {}
+
+    def best(self, layer: str, candidates: Sequence[Candidate]) -> Any:
+        """The candidate with the least time for this layer."""
+        if layer not in self.made:
+            known = {c.name for c in candidates}
+            seconds = {name: t for name, t in self._records.get(layer, {}).items() if name in known}
+            choice = Choice(layer, candidates[0], candidates, seconds)
+            if seconds:
+                picked = min((c for c in candidates if c.name in seconds), key=lambda c: seconds[c.name])
+            else:
+                picked = min(candidates, key=lambda c: c.cycles)
+            self.made[layer] = Choice(layer, picked, candidates, choice.seconds)
+        return self.made[layer].picked
