@@ -13,6 +13,7 @@ from compressor.verify import Compared, compare, difference, onnx_answers, told
 from profiles.measure import interleave, ratio
 from targets import artifact as artifacts
 from targets.base import Array, Artifact, Program
+from targets.profiling import profile
 from targets.registry import target as find_target
 
 
@@ -54,6 +55,36 @@ def bench_artifact(folder: Path, threads: int, seconds: float, samples: int) -> 
         "threads": threads,
         "engines": {name: Latency.of(m).model_dump() | {"samples_ms": m.samples_ms} for name, m in seen.items()},
         "ratio": ratio(seen["artifact"], seen["onnxruntime"]).value,
+    }
+
+
+def profile_artifact(folder: Path, threads: int, seconds: float) -> dict[str, Any]:
+    """Where an artifact's time goes, kernel by kernel, on one random input; times in ms.
+
+    GFLOP/s count the layer's work by definition, zeros and all; `of_roofline` is the least time for the work that is
+    really done, and to bring the weights from memory, beside the time it took.
+    """
+    built = artifacts.read(folder)
+    found = profile(built, _random(built, 0), threads, seconds)
+    calls = [
+        timed.call.model_dump()
+        | {
+            "ms": timed.seconds * 1e3,
+            "gflops": 2e-9 * timed.call.macs / timed.seconds,
+            "of_roofline": timed.bound / timed.seconds,
+        }
+        for timed in found.calls
+    ]
+    return {
+        "artifact": str(folder),
+        "threads": threads,
+        "calls": calls,
+        "kernels_ms": (found.total - found.between) * 1e3,
+        "between_ms": found.between * 1e3,
+        "sum_ms": found.total * 1e3,
+        "wall_ms": found.wall * 1e3,
+        "peak_gflops": found.peak.macs * 2e-9,
+        "peak_gbytes": found.peak.bytes * 1e-9,
     }
 
 

@@ -5,23 +5,22 @@ Exit codes: 0 done, 1 something the user can fix, 2 usage, 3 built but a task is
 
 import functools
 import inspect as inspection
-import json
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compressor.console import print_json, print_plan, print_profile, print_report, print_table, print_tuned
 from compressor.errors import CompressError
 from profiles.errors import ProfileError
 from targets.errors import TargetError
 
 if TYPE_CHECKING:
     from compressor.pipeline import Job
-    from compressor.report.schema import Report
 
 OUTSIDE_BUDGET = 3
 INTERRUPTED = 130
@@ -94,12 +93,12 @@ def run(
     if dry_run:
         plan = pipeline.dry_run(job, out)
         if as_json:
-            _print_json(plan)
+            print_json(plan)
         else:
-            _print_plan(plan)
+            print_plan(plan)
         return
     report = pipeline.run(job, out, shlex.join(["compress", *sys.argv[1:]]), resume)
-    _print_report(report, out, as_json)
+    print_report(report, out, as_json)
     if any(task.within_budget is False for task in report.tasks):
         raise typer.Exit(OUTSIDE_BUDGET)
 
@@ -113,9 +112,9 @@ def inspect(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = F
     rows = inspected(job.model, job.task_sets)
     if as_json:
         names = ("tasks", "macs", "parameters", "shared", "private")
-        _print_json([{name: getattr(row, name) for name in names} for row in rows])
+        print_json([{name: getattr(row, name) for name in names} for row in rows])
         return
-    _print_table(
+    print_table(
         ("task set", "MACs", "parameters", "shared", "private"),
         [
             (" + ".join(r.tasks), f"{r.macs / 1e6:,.1f} M", f"{r.parameters:,}", f"{r.shared:,}", f"{r.private:,}")
@@ -145,9 +144,9 @@ def verify(
         given = [tuple(t.numpy() for t in x) for x in real_inputs(job.model, job.bench, inputs)]
     compared = verify_artifact(artifact, inputs, given)
     if as_json:
-        _print_json([{"task": c.task, "max_abs_error": c.max_abs_error, "tolerance": c.tolerance} for c in compared])
+        print_json([{"task": c.task, "max_abs_error": c.max_abs_error, "tolerance": c.tolerance} for c in compared])
         return
-    _print_table(
+    print_table(
         ("task", "differs from ONNX Runtime by", "tolerance"),
         [(c.task, f"{c.max_abs_error:.1e}", f"{c.tolerance:.1e}") for c in compared],
     )
@@ -159,17 +158,25 @@ def bench(
     threads: Annotated[int, typer.Option(min=1, help="Threads of an inference.")] = 1,
     seconds: Annotated[float, typer.Option(min=0.1, help="Longest sampling.")] = 10.0,
     samples: Annotated[int, typer.Option(min=10, help="Samples wanted.")] = 662,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the time goes, kernel by kernel.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure an artifact's latency beside its own graph in ONNX Runtime, taking turns."""
-    from compressor.checks import bench_artifact
+    from compressor.checks import bench_artifact, profile_artifact
 
+    if profile:
+        profiled = profile_artifact(artifact, threads, seconds)
+        if as_json:
+            print_json(profiled)
+        else:
+            print_profile(profiled)
+        return
     found = bench_artifact(artifact, threads, seconds, samples)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     percentiles = ("p50", "p90", "p95", "p99")
-    _print_table(
+    print_table(
         ("engine", *(f"{p} ms" for p in percentiles), "samples"),
         [
             (name, *("-" if row[p] is None else f"{row[p]:.3f}" for p in percentiles), str(row["n"]))
@@ -177,6 +184,38 @@ def bench(
         ],
     )
     sys.stdout.write(f"artifact / ONNX Runtime: {found['ratio']:.2f} (under 1 is faster)\n")
+
+
+@verb
+def tune(
+    path: Annotated[Path, typer.Argument(metavar="ARTIFACT|RECIPE", help="An artifact's folder, or a recipe.")],
+    seconds: Annotated[
+        float, typer.Option("--budget-seconds", min=0, help="Longest time to spend on timing kernels.")
+    ] = 300.0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder, for a recipe.")] = Path("runs/latest"),
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time the kernels each layer could use on this machine, and build again with the fastest.
+
+    An artifact is replaced; a recipe is run, and its records file keeps the times for every later run.
+    """
+    from dataclasses import asdict
+
+    from compressor.progress import Reporter
+
+    if (path / "manifest.json").exists():
+        from compressor.tuning import tune_artifact
+
+        tuned = tune_artifact(path, seconds, Reporter())
+    else:
+        from compressor import pipeline
+
+        tuned, _ = pipeline.tune(_job(path, overrides), out, shlex.join(["compress", *sys.argv[1:]]), seconds)
+    if as_json:
+        print_json([asdict(row) for row in tuned])
+        return
+    print_tuned(tuned)
 
 
 @verb
@@ -188,7 +227,7 @@ def report(
 
     found = read(run_folder)
     write(found, run_folder)
-    _print_report(found, run_folder, as_json)
+    print_report(found, run_folder, as_json)
 
 
 @verb
@@ -197,7 +236,7 @@ def targets(as_json: AsJson = False) -> None:
     from targets.registry import TARGETS
 
     if as_json:
-        _print_json(list(TARGETS))
+        print_json(list(TARGETS))
     else:
         sys.stdout.write("".join(f"{name}\n" for name in TARGETS))
 
@@ -209,9 +248,9 @@ def devices(as_json: AsJson = False) -> None:
 
     found = [load(name) for name in names()]
     if as_json:
-        _print_json([device.model_dump(mode="json") for device in found])
+        print_json([device.model_dump(mode="json") for device in found])
     else:
-        _print_table(("device", "kind", ""), [(d.name, d.kind, d.description) for d in found], figures=False)
+        print_table(("device", "kind", ""), [(d.name, d.kind, d.description) for d in found], figures=False)
 
 
 def main() -> None:
@@ -225,84 +264,6 @@ def _job(path: Path, overrides: Sequence[str] | None, *, builds: bool = True) ->
 
     loaded, base = recipe.load(path, tuple(overrides or ()))
     return pipeline.prepare(loaded, base, Reporter(), builds=builds)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
-
-
-def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, figures: bool = True) -> None:
-    """Aligned columns, all but the first to the right if they hold figures; never cut where nobody's window is."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, title in enumerate(header):
-        table.add_column(title, justify="right" if index and figures else "left", no_wrap=not sys.stdout.isatty())
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
-
-
-def _print_report(report: "Report", folder: Path, as_json: bool) -> None:
-    if as_json:
-        _print_json(report.model_dump(mode="json", by_alias=True))
-        return
-    _print_table(
-        ("task", "metric", "before", "after", "budget", "left of it", "verdict"),
-        [
-            (
-                task.name,
-                task.metric,
-                *("-" if score is None else f"{score:.4g}" for score in (task.before, task.after)),
-                task.budget_text or "-",
-                "-" if task.margin is None else f"{task.margin:.4g}",
-                {True: "inside", False: "OUTSIDE", None: "-"}[task.within_budget],
-            )
-            for task in report.tasks
-        ],
-    )
-    if report.artifacts:
-        sys.stdout.write("\n")
-        _print_table(
-            ("artifact", "device", "MACs", "parameters", "threads", "p50 ms", "dense / this"),
-            [
-                (
-                    row.name,
-                    row.device,
-                    f"{row.macs / 1e6:,.1f} M",
-                    f"{row.parameters:,}",
-                    str(row.threads) if row.latency_ms else "-",
-                    f"{row.latency_ms.p50:.3f}" if row.latency_ms else "not measured",
-                    f"{1 / row.ratio_to_dense.value:.1f}x" if row.ratio_to_dense else "-",
-                )
-                for row in report.artifacts
-            ],
-        )
-    for warning in report.warnings:
-        sys.stdout.write(f"\n{warning}")
-    sys.stdout.write(f"\n{folder / 'report.html'}\n")
-
-
-def _print_plan(plan: dict[str, Any]) -> None:
-    sys.stdout.write(
-        f"{plan['name']}: {plan['macs'] / 1e6:.1f} M MACs, {plan['parameters']:,} parameters; "
-        f"{plan['target']} target, device {plan['device']}\n"
-        f"budgets: {', '.join(f'{task} {budget}' for task, budget in plan['budgets'].items()) or 'none'}\n"
-    )
-    _print_table(
-        ("stage", "kind", "training steps", "about"),
-        [
-            (
-                str(index),
-                stage["kind"],
-                str(stage["train_steps"]),
-                "done before" if stage["done"] else f"{stage['seconds']:.0f} s",
-            )
-            for index, stage in enumerate(plan["stages"], 1)
-        ],
-    )
-    sys.stdout.write(f"artifacts: {', '.join(plan['artifacts'])}\nmeasuring: at most {plan['measure_seconds']:g} s\n")
 
 
 if __name__ == "__main__":

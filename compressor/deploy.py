@@ -23,6 +23,7 @@ from targets import artifact as artifacts
 from targets.base import Artifact, Program, Runner, Target
 from targets.errors import TargetError
 from targets.lower import reference
+from targets.records import NONE, Records
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,11 @@ def deploy(
     bench: Bench,
     store: Store,
     inputs: int,
+    records: Records = NONE,
 ) -> Deployed:
     """Cut, export, plan, build and verify one task set's artifact; only then does it become `artifacts/<name>`.
+
+    `records` are measured times of the device's kernels, where there are any.
 
     A folder that already holds the artifact of the same plan is kept, and so is the proof that it was verified.
 
@@ -68,7 +72,7 @@ def deploy(
     """
     pathway = extract(model, tasks)
     exported, program = to_program(pathway, model.inputs, bench.workload.normalisation)
-    plan = target.plan(program, device)
+    plan = target.plan(program, device, records)
     final = store.directory / "artifacts" / program.name
     sizes = (pathway.parameters(model), nonzero(pathway, model))
     key = key_of(plan.digest(), inputs)

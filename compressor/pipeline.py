@@ -26,11 +26,14 @@ from compressor.report.schema import Report
 from compressor.store import Store, key_of, opened
 from compressor.trace import trace
 from compressor.training import Training, train
+from compressor.tuning import Tuned, tune_artifacts
 from profiles import device as devices
 from profiles.device import Device
 from profiles.host import Environment, environment
 from profiles.settings import did_you_mean
+from targets import artifact as artifacts
 from targets.base import Target
+from targets.records import read as read_records
 from targets.registry import target as find_target
 
 
@@ -45,6 +48,7 @@ class Job:
     device: Device
     task_sets: tuple[tuple[str, ...], ...]
     start: str
+    records: Path
 
     def keys(self) -> list[str]:
         """A key for each stage: what it starts from, its own settings, and the width it rounds to."""
@@ -83,7 +87,9 @@ def prepare(recipe: Recipe, base: Path, progress: Reporter, *, builds: bool = Tr
     trace(model)
     budgets = {name: Budget.parse(text) for name, text in recipe.budgets.items()}
     bench = Bench(workload, model, budgets, device.channel_multiple, recipe.seed, progress)
-    return Job(recipe, model, bench, target, device, tuple(sets), recipes.fingerprint(recipe, base))
+    records = base / recipe.records
+    read_records(records, device)
+    return Job(recipe, model, bench, target, device, tuple(sets), recipes.fingerprint(recipe, base), records)
 
 
 def run(job: Job, out: Path, command: str, resume: bool = True) -> Report:
@@ -116,6 +122,20 @@ def run(job: Job, out: Path, command: str, resume: bool = True) -> Report:
         )
         write(report, out)
     return report
+
+
+def tune(job: Job, out: Path, command: str, seconds: float) -> tuple[list[Tuned], Report]:
+    """Run the job, time the kernels of its artifacts, keep the times in the recipe's records, and run it again.
+
+    The second run builds, verifies and measures what the records change; nothing is trained twice.
+
+    Raises:
+        CompressError, TargetError, ProfileError: as `run`, or nothing can be tuned for this device here.
+    """
+    run(job, out, command)
+    built = [artifacts.read(out / "artifacts" / "+".join(tasks)) for tasks in job.task_sets]
+    tuned = tune_artifacts(built, seconds, job.records, job.bench.progress)
+    return tuned, run(job, out, command)
 
 
 def _scored(job: Job, store: Store) -> dict[str, float]:
@@ -166,7 +186,8 @@ def _compress(job: Job, store: Store) -> tuple[MultiTaskModel, list[StageRecord]
 
 def _deploy(job: Job, model: MultiTaskModel, tasks: tuple[str, ...], store: Store) -> Deployed:
     job.bench.progress.line(f"Artifact {'+'.join(tasks)} for {job.device.name} ({job.target.name})")
-    made = deploy(model, tasks, job.target, job.device, job.bench, store, job.recipe.verify_inputs)
+    records = read_records(job.records, job.device)
+    made = deploy(model, tasks, job.target, job.device, job.bench, store, job.recipe.verify_inputs, records)
     how = "kept as it was" if made.resumed else f"compiled in {made.compile_s:.1f} s"
     proof = "verified" if made.runs_here else f"verified up to Relax, not run here: {made.unverified}"
     job.bench.progress.line(f"  {made.pathway.macs / 1e6:.1f} M MACs, {made.parameters:,} parameters; {how}; {proof}")

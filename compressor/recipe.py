@@ -64,6 +64,7 @@ class Recipe(Settings):
     threads: tuple[int, ...] = (1, 2)
     task_sets: tuple[str | tuple[str, ...], ...] = ("each", "all")
     verify_inputs: int = Field(ge=1, default=4)
+    records: str = "records.json"
     workload: WorkloadTable
     budgets: Mapping[str, str | float] = {}
     stages: tuple[InstanceOf[Stage], ...] = ()

@@ -19,6 +19,7 @@ from targets.errors import TargetError
 MANIFEST = "manifest.json"
 LIBRARY = "model.so"
 MODEL = "model.onnx"
+KERNELS = "kernels.json"
 LOADER = "run.py"
 
 
@@ -52,12 +53,13 @@ def seal(
     folder: Path, plan: BuildPlan, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...],
     extra: Mapping[str, bytes], about: Mapping[str, object],
 ) -> None:
-    """Add the model, the loader, the caller's files and last the manifest to a folder that holds the library.
+    """Add model, account, loader, the caller's files and last the manifest to a folder that holds the library.
 
     Raises:
         TargetError: an extra file whose name is a path or is taken.
     """
-    own = {MODEL: plan.files[MODEL], LOADER: resources.files("targets").joinpath("loader.py.txt").read_bytes()}
+    own = {name: plan.files[name] for name in (MODEL, KERNELS) if name in plan.files}
+    own |= {LOADER: resources.files("targets").joinpath("loader.py.txt").read_bytes()}
     for name in extra:
         if Path(name).name != name or name.startswith(".") or name in {*own, MANIFEST, LIBRARY}:
             raise TargetError(f"Cannot add '{name}' to an artifact: the name must be a plain, free file name.")

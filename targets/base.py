@@ -13,6 +13,7 @@ from pydantic import Field
 
 from profiles.device import Device, Kind
 from profiles.settings import Settings
+from targets.records import Records
 
 Array = np.ndarray[Any, Any]
 
@@ -126,16 +127,17 @@ class Target(Protocol):
 
     `check` raises TargetError when the device is of another kind or a tool is missing (naming the tool, where it was
     looked for and how to get it). `plan` needs no tool; it raises TargetError for another kind of device and names
-    every unsupported operator. `build` writes the whole artifact folder (replacing an artifact, never anything else)
-    or nothing; `extra` are further files by name, `about` goes into the manifest. `load` verifies every file against
-    the manifest before any code is opened; `threads` counts all threads an inference uses.
+    every unsupported operator; `records` are measured times of the device's kernels, for targets that choose by them.
+    `build` writes the whole artifact folder (replacing an artifact, never anything else) or nothing; `extra` are
+    further files by name, `about` goes into the manifest. `load` verifies every file against the manifest before any
+    code is opened; `threads` counts all threads an inference uses.
     """
 
     name: str
     kind: Kind
 
     def check(self, device: Device) -> None: ...
-    def plan(self, program: Program, device: Device) -> BuildPlan: ...
+    def plan(self, program: Program, device: Device, records: Records = ...) -> BuildPlan: ...
     def build(
         self, plan: BuildPlan, directory: Path, extra: Mapping[str, bytes], about: Mapping[str, object]
     ) -> Artifact: ...

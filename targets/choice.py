@@ -9,16 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from targets.base import Array
+import numpy as np
 
-Records = Mapping[str, Mapping[str, float]]  # seconds by layer and candidate
+from targets.base import Array
+from targets.records import Records
 
 
 class Candidate(Protocol):
     """One way to compute a layer.
 
     `cycles` is what it should take, all cores together; only ratios count. `trial` is a kernel, scheduled unless an
-    anchor's annotation says how, and arguments of the right shapes, the result last: what is timed.
+    anchor's annotation says how, and arguments of the right shapes, input first, result last: what is timed.
     """
 
     @property
@@ -46,21 +47,28 @@ class Choice:
 
 
 class Choices:
-    """Decides layers by `records` and remembers each decision, in order, for whoever tunes or reports."""
+    """Decides layers by `records` and remembers each decision, in order, for whoever tunes or reports.
+
+    `occurrences` holds, for each layer as often as it occurs, its multiply-adds by definition and its density.
+    """
 
     def __init__(self, records: Records | None = None) -> None:
         self._records = records or {}
         self.made: dict[str, Choice] = {}
+        self.occurrences: dict[str, list[tuple[int, float]]] = {}
 
     def best(self, layer: str, candidates: Sequence[Candidate]) -> Any:
         """The candidate with the least time for this layer."""
         if layer not in self.made:
             known = {c.name for c in candidates}
             seconds = {name: t for name, t in self._records.get(layer, {}).items() if name in known}
-            choice = Choice(layer, candidates[0], candidates, seconds)
             if seconds:
                 picked = min((c for c in candidates if c.name in seconds), key=lambda c: seconds[c.name])
             else:
                 picked = min(candidates, key=lambda c: c.cycles)
-            self.made[layer] = Choice(layer, picked, candidates, choice.seconds)
+            self.made[layer] = Choice(layer, picked, candidates, seconds)
         return self.made[layer].picked
+
+    def note(self, layer: str, macs: int, weights: Array) -> None:
+        """Remember that the network computes this layer once more, with such weights."""
+        self.occurrences.setdefault(layer, []).append((macs, float(np.count_nonzero(weights) / max(1, weights.size))))

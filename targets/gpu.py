@@ -18,6 +18,7 @@ from targets.kind import require_kind
 from targets.link import link, link_command, linker
 from targets.lower import answers, lower, signature
 from targets.passes import FINISH
+from targets.records import NONE, Records
 from targets.runner import VirtualMachineRunner, open_library
 
 SOURCE = "kernels.cu"
@@ -41,8 +42,11 @@ class GpuTarget:
             )
         linker(device)
 
-    def plan(self, program: Program, device: Device) -> BuildPlan:
-        """Lower and schedule the program; `model.tir` is every kernel as CUDA's code generator will get it."""
+    def plan(self, program: Program, device: Device, records: Records = NONE) -> BuildPlan:
+        """Lower and schedule the program; `model.tir` is every kernel as CUDA's code generator will get it.
+
+        No layer is chosen by `records` yet.
+        """
         require_kind(self.name, self.kind, device)
         architecture = _architecture(device)
         target = tvm.target.Target(dict(device.target))

@@ -59,7 +59,7 @@ def test_the_manifest_says_what_is_inside(original: Artifact) -> None:
     assert [spec.name for spec in manifest.outputs] == ["edges", "mask"]
     assert manifest.normalisation == "divide by 255"
     assert manifest.about == {"run": "r1"}
-    assert sorted(manifest.files) == ["model.onnx", "model.so", "run.py", "surgery.json"]
+    assert sorted(manifest.files) == ["kernels.json", "model.onnx", "model.so", "run.py", "surgery.json"]
     text = json.loads((original.directory / "manifest.json").read_text())
     assert text["schema"] == "taskpress.artifact/1"
     assert text["device"]["name"] == "test-cpu"

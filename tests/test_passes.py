@@ -16,6 +16,7 @@ from tvm import relax, te, tirx
 from examples.dronet.network import DroNetV2
 from profiles.device import load
 from targets.base import Array, Program
+from targets.cpu import Lowered
 from targets.lower import lower
 from targets.passes.channels import Channels, pack_convolution, whole_groups
 from targets.passes.fold import fold
@@ -33,11 +34,10 @@ def operators(module: tvm.IRModule) -> list[str]:
 def kernels(program: Program, bits: int = 512) -> dict[str, str]:
     """Scheduled kernels by name, as text."""
     plan = target("cpu").plan(program, networks.cpu_device(bits=bits))
-    module = plan.lowered
-    assert isinstance(module, tvm.IRModule)
+    assert isinstance(plan.lowered, Lowered)
     return {
         variable.name_hint: function.script()
-        for variable, function in module.functions.items() if isinstance(function, tirx.PrimFunc)
+        for variable, function in plan.lowered.module.functions.items() if isinstance(function, tirx.PrimFunc)
     }
 
 

@@ -21,7 +21,8 @@ def dense(x_RK: te.Tensor, w_OKL: te.Tensor, outputs: int, device: Device) -> te
         row = r if padded == rows else tirx.min(r, rows - 1)  # rows beyond the last are computed and never stored
         return te.sum(x_RK(row, k) * w_OKL(o, k, lane), axis=[k])
 
-    whole = te.compute((padded, blocks, lanes), value, name="dense", attrs=tile.annotations("dense"))
+    attrs = tile.annotations("dense") | {"method": "dense", "macs": rows * depth * outputs}
+    whole = te.compute((padded, blocks, lanes), value, name="dense", attrs=attrs)
     return te.compute((rows, outputs), lambda r, o: whole(r, o // lanes, o % lanes), name="crop")
 
 
@@ -42,7 +43,7 @@ def narrow_dense(x_RK: te.Tensor, w_OKL: te.Tensor) -> te.Tensor:
         (rows, outputs, lanes),
         lambda r, o, at: te.sum(x_RK(r, k * lanes + at) * w_OKL(o, k, at), axis=[k]),
         name="narrow_dense",
-        attrs={"kernel": "narrow_dense"},
+        attrs={"kernel": "narrow_dense", "method": "dense", "macs": rows * depth * outputs},
     )
     return te.compute((rows, outputs), lambda r, o: te.sum(partial(r, o, lane), axis=[lane]), name="across")
 

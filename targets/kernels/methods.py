@@ -107,8 +107,8 @@ class Direct:
 
     def kernel(self, x: te.Tensor, weights: te.Tensor) -> te.Tensor:
         """The convolution, for packed weights."""
-        layer = self.layer
-        return convolution(x, weights, layer.window, layer.height, layer.width, self.tile, _about(layer, "direct"))
+        layer, about = self.layer, _about(self.layer, "direct", self.layer.macs)
+        return convolution(x, weights, layer.window, layer.height, layer.width, self.tile, about)
 
     def trial(self) -> tuple[Any, list[Array]]:
         return _trial(self.layer, self.kernel, self.layer.weights)
@@ -153,7 +153,9 @@ class Winograd:
     def kernel(self, x: te.Tensor, weights: te.Tensor) -> te.Tensor:
         """The convolution, for packed weights."""
         layer = self.layer
-        about = _about(layer, f"winograd {self.outputs}")
+        tiles = prod(tiles_of(self.outputs, layer.height, layer.width, self.tile))
+        work = layer.macs * TRANSFORMS[self.outputs].size ** 2 * tiles // (KERNEL**2 * layer.height * layer.width)
+        about = _about(layer, f"winograd {self.outputs}", work)
         return winograd(x, weights, self.outputs, layer.window, layer.height, layer.width, self.tile, about)
 
     def trial(self) -> tuple[Any, list[Array]]:
@@ -166,8 +168,8 @@ def _weight_cycles(weight_bytes: int, reads: int) -> float:
     return weight_bytes / _MEMORY_BYTES * (reads if weight_bytes > CACHE_BYTES else 1)
 
 
-def _about(layer: ConvolutionLayer, method: str) -> dict[str, Any]:
-    return {"layer": layer.key, "method": method, "macs": layer.macs}
+def _about(layer: ConvolutionLayer, method: str, work: int) -> dict[str, Any]:
+    return {"layer": layer.key, "method": method, "work": work}
 
 
 def _trial(layer: ConvolutionLayer, kernel: Callable[..., Any], weights: tuple[int, ...]) -> tuple[Any, list[Array]]:

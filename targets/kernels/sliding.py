@@ -1,6 +1,8 @@
 """Kernels that slide over each channel alone: depthwise convolution, maximum and average pooling, blocked layout."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,9 @@ _LOWEST = float(np.finfo(np.float32).min)
 
 def depthwise(x: te.Tensor, w_CHWL: te.Tensor, window: Window, height: int, width: int, device: Device) -> te.Tensor:
     """Each channel of (N, C, H, W, L) by its own kernel."""
-    return _slide(x, window, height, width, device, 0.0, te.sum, lambda read, *at: read * w_CHWL(*at))
+    outputs = int(x.shape[0]) * int(x.shape[1]) * int(x.shape[4]) * height * width
+    about = {"method": "depthwise", "macs": outputs * prod(window.kernel)}
+    return _slide(x, window, height, width, device, 0.0, te.sum, lambda read, *at: read * w_CHWL(*at), about)
 
 
 def max_pool(x: te.Tensor, window: Window, height: int, width: int, device: Device) -> te.Tensor:
@@ -31,7 +35,7 @@ def sum_pool(x: te.Tensor, window: Window, height: int, width: int, device: Devi
 
 def _slide(
     x: te.Tensor, window: Window, height: int, width: int, device: Device, fill: float,
-    reduce: Callable[..., Any], term: Callable[..., Any],
+    reduce: Callable[..., Any], term: Callable[..., Any], about: Mapping[str, Any] = MappingProxyType({}),
 ) -> te.Tensor:
     tile = sliding_tile(device, height, width, int(x.shape[0]) * int(x.shape[1]))
     _, columns = tile.padded(height, width)
@@ -41,7 +45,7 @@ def _slide(
     def value(n: Any, c: Any, h: Any, w: Any, lane: Any) -> Any:
         return reduce(term(padded(n, c, *window.at(h, w, kh, kw), lane), c, kh, kw, lane), axis=[kh, kw])
 
-    attrs = tile.annotations("sliding")
+    attrs = {**tile.annotations("sliding"), **about}
     whole = te.compute((x.shape[0], x.shape[1], height, columns, x.shape[4]), value, name="sliding", attrs=attrs)
     if columns == width:
         return whole

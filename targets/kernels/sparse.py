@@ -24,7 +24,7 @@ _IN_FLIGHT = 8  # accumulators that keep two multiply-adds a cycle busy while ea
 _NEAREST_BYTES = 32 << 10  # what a core's nearest cache holds, next to weights, on any processor of the last decade
 _NEAR, _FAR = 0.75, 1.4  # cycles of a multiply-add that reads from the nearest cache, and from the one behind it
 _TURN_CYCLES = 20  # of leaving a loop at a time the processor did not foresee
-_ATTRS = {"op_pattern": 8, "tirx.noalias": True, "scheduled": True}  # 8: FuseOps leaves it alone
+_ATTRS = {"layout": "regions", "op_pattern": 8, "tirx.noalias": True, "scheduled": True}  # 8: FuseOps leaves it alone
 
 
 @dataclass(frozen=True, slots=True)

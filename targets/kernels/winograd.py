@@ -1,8 +1,8 @@
 """Winograd convolution, 3x3 and stride 1, in blocked layout: fewer multiplications for a few more additions.
 
 A tile of m x m outputs takes (m + 2)^2 products a pair of channels instead of 9 m^2. Source: Lavin and Gray, "Fast
-Algorithms for Convolutional Neural Networks", CVPR 2016. An input that is not finite makes the whole tiles NaN that read
-it, where the definition makes single outputs NaN or infinite.
+Algorithms for Convolutional Neural Networks", CVPR 2016. An input that is not finite makes whole tiles NaN, where the
+definition makes single outputs NaN or infinite.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -29,7 +29,8 @@ def cpu_passes(module: tvm.IRModule, device: Device, choices: Choices) -> tvm.IR
         vector_math,  # exp and its kin as arithmetic, before loops are made vectors
     ):
         module = step(module)
-    return schedule(module, device)
+    module = relax.transform.RewriteDataflowReshape()(schedule(module, device))  # a new shape alone moves nothing
+    return relax.transform.DeadCodeElimination()(module)
 
 
 FINISH = relax.get_pipeline("default_build")  # static memory planning and calls; kernels are left as they are

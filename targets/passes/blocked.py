@@ -146,15 +146,15 @@ class _Blocker(Walk):
                 device=self._device,
             )
             return Blocked(made, inputs)
-        if groups > 1:
-            weights, groups = whole_groups(weights, groups, inputs)
-        per_group = inputs if groups == 1 else Channels((weights.shape[1],), self._lanes)
-        packed = pack_convolution(weights, per_group, outputs)
-        return Blocked(self._dense(x, packed, window, height, width), outputs)
+        whole, groups = whole_groups(weights, groups, inputs) if groups > 1 else (weights, groups)
+        per_group = inputs if groups == 1 else Channels((whole.shape[1],), self._lanes)
+        packed = pack_convolution(whole, per_group, outputs)
+        return Blocked(self._dense(x, weights, packed, window, height, width), outputs)
 
-    def _dense(self, x: Any, packed: Array, window: Window, height: int, width: int) -> Any:
-        """The dense convolution of `x` that is chosen for its layer."""
+    def _dense(self, x: Any, weights: Array, packed: Array, window: Window, height: int, width: int) -> Any:
+        """The dense convolution of `x` that is chosen for its layer; `weights` as the network has them."""
         layer = ConvolutionLayer(shape_of(x), packed.shape, window, height, width)
+        self._choices.note(layer.key, layer.source[0] * height * width * weights.size, weights)
         method = self._choices.best(layer.key, layer.candidates(self._device))
         return self._kernel(method.kernel, x, relax.const(method.pack(packed)), anchors=True, name="convolution")
 
@@ -169,7 +169,7 @@ class _Blocker(Walk):
         outputs = Channels((shape_of(call)[1],), self._lanes)
         phases = Channels(outputs.segments * (rows.stride * columns.stride), self._lanes)
         packed = pack_convolution(phase_weights(weights, int(attrs.groups), rows, columns), given.channels, phases)
-        made = self._dense(given.value, packed, phase_window(rows, columns), rows.count, columns.count)
+        made = self._dense(given.value, weights, packed, phase_window(rows, columns), rows.count, columns.count)
         return Blocked(self._kernel(interleave, made, rows=rows, columns=columns), outputs)
 
     def _max_pool(self, call: Any) -> Blocked | None:
