@@ -49,22 +49,38 @@ def narrow_dense(x_RK: te.Tensor, w_OKL: te.Tensor) -> te.Tensor:
 
 
 def schedule_dense(s: s_tir.Schedule, anchor: Any) -> None:
-    """Rows by output blocks in registers, one tile a parallel task; the epilogue is a pass of its own, from cache."""
+    """Rows by output blocks in registers, one tile a parallel task.
+
+    The epilogue stores a tile from its registers where rows of outputs are whole vectors; where they are not, it is a
+    pass of its own, from cache.
+    """
     tile = Tile.of(s.get(anchor).annotations)
-    final = gather_epilogue(s, anchor, "global")
+    outputs, lanes = int(s.get(s.get_loops(_last(s, anchor))[-1]).extent), int(s.get(s.get_loops(anchor)[2]).extent)
+    whole = outputs % lanes == 0
+    final = gather_epilogue(s, anchor, "local" if whole else "global")
     r, o, lane, k = s.get_loops(anchor)
     r, ri = s.split(r, [None, tile.columns])
     o, oi = s.split(o, [None, tile.blocks])
     s.reorder(o, r, k, ri, oi, lane)
-    copy = s.cache_write(anchor, 0, "local")
+    copy = final if whole else s.cache_write(anchor, 0, "local")
     s.reverse_compute_at(copy, r, preserve_unit_loops=True)
     s.parallel(s.fuse(o, r))
     s.unroll(ri)
     s.unroll(oi)
     s.vectorize(lane)
+    if whole:
+        _, lane = s.split(s.get_loops(copy)[-1], [None, lanes])
     store_by_vectors(s, copy, unrolled=2)
     s.decompose_reduction(anchor, k)
-    s.parallel(s.get_loops(final)[0])
+    if not whole:
+        s.parallel(s.get_loops(final)[0])
+
+
+def _last(s: s_tir.Schedule, block: Any) -> Any:
+    """The block that stores what a kernel makes."""
+    while consumers := s.get_consumers(block):
+        block = consumers[0]
+    return block
 
 
 def schedule_narrow_dense(s: s_tir.Schedule, anchor: Any) -> None:

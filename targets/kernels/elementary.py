@@ -1,6 +1,7 @@
 """exp, sigmoid, tanh and erf as plain arithmetic, so that loops over them become vectors instead of library calls.
 
-Accurate to about 2e-7, relative for exp and sigmoid, absolute for erf; NaN stays NaN and exp overflows to infinity.
+Accurate to about 2e-7, relative for exp and sigmoid, absolute for erf; NaN stays NaN; exp overflows to
+infinity, and is zero rather than subnormal below -87.33.
 Sources: Cephes expf and tanhf (S. Moshier); Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26 for erf.
 """
 
@@ -26,7 +27,7 @@ def exp(x: Any) -> Any:
             lambda r: (_polynomial(_EXP, r) * r * r + r + _f32(1.0)) * _two_to(n),
         ))
 
-    return _let(bounded, power)
+    return tirx.Select(x < _f32(-87.33), _f32(0.0), _let(bounded, power))
 
 
 def sigmoid(x: Any) -> Any:

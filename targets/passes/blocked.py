@@ -17,7 +17,6 @@ from tvm import relax
 from profiles.device import Device
 from targets.base import Array
 from targets.choice import Choices
-from targets.kernels.dense import dense, narrow_dense
 from targets.kernels.layout import block, unblock
 from targets.kernels.methods import ConvolutionLayer
 from targets.kernels.resize import resize, taps
@@ -26,9 +25,6 @@ from targets.kernels.transposed import Phases, interleave, phase_weights, phase_
 from targets.kernels.window import Window
 from targets.passes.channels import Channels, pack_convolution, whole_groups
 from targets.passes.walk import Walk, array_of, ints, operator, rewrite, shape_of
-
-# FuseOps lets element-wise operators join a kernel of this pattern, and nothing else.
-_FUSES_ELEMENTWISE = {"op_pattern": 4}
 
 _KEEP_FINITE = frozenset(
     f"relax.{name}"
@@ -72,7 +68,6 @@ class _Blocker(Walk):
             "relax.nn.pad": self._pad,
             "relax.concat": self._concat,
             "relax.image.resize2d": self._resize,
-            "relax.matmul": self._matmul,
             **dict.fromkeys(_ELEMENTWISE, self._unary),
             **dict.fromkeys(_BINARY, self._binary),
         }
@@ -100,7 +95,7 @@ class _Blocker(Walk):
     def _planar(self, given: Blocked, shape: tuple[int, ...]) -> Any:
         if shape[2:] == (1, 1) and given.channels.whole:
             return self.builder.emit(relax.op.reshape(given.value, shape))
-        return self._kernel(unblock, given.value, segments=list(given.channels.segments))
+        return self.kernel(unblock, given.value, segments=list(given.channels.segments))
 
     def _block(self, value: Any) -> Blocked | None:
         """The blocked form of an old variable, converted if it has none; None for what has no channels."""
@@ -108,19 +103,9 @@ class _Blocker(Walk):
             return None
         if value not in self._blocked:
             channels = Channels((shape_of(value)[1],), self._lanes)
-            made = self._kernel(block, self.read(value), lanes=self._lanes)
+            made = self.kernel(block, self.read(value), lanes=self._lanes)
             self._blocked[value] = Blocked(made, channels)
         return self._blocked[value]
-
-    def _kernel(
-        self, function: Callable[..., Any], *arguments: Any, anchors: bool = False, name: str = "", **settings: Any
-    ) -> Any:
-        attrs = {"primfunc_attrs": _FUSES_ELEMENTWISE} if anchors else {}
-
-        def compute(*tensors: Any) -> Any:
-            return function(*tensors, **settings)
-
-        return self.builder.emit_te(compute, *arguments, primfunc_name_hint=name or function.__name__, **attrs)
 
     # Rules: each returns the blocked result, a planar variable, or None to leave the operator as it is
 
@@ -141,7 +126,7 @@ class _Blocker(Walk):
             inputs, x = given.channels, given.value
         if groups == in_channels == weights.shape[0] and groups > 1:
             packed = np.ascontiguousarray(np.moveaxis(inputs.pack(weights[:, 0], 0), 1, -1))
-            made = self._kernel(
+            made = self.kernel(
                 depthwise, x, relax.const(packed), anchors=True, window=window, height=height, width=width,
                 device=self._device,
             )
@@ -156,7 +141,7 @@ class _Blocker(Walk):
         layer = ConvolutionLayer(shape_of(x), packed.shape, window, height, width)
         self._choices.note(layer.key, layer.source[0] * height * width * weights.size, weights)
         method = self._choices.best(layer.key, layer.candidates(self._device))
-        return self._kernel(method.kernel, x, relax.const(method.pack(packed)), anchors=True, name="convolution")
+        return self.kernel(method.kernel, x, relax.const(method.pack(packed)), anchors=True, name="convolution")
 
     def _transposed_convolution(self, call: Any) -> Blocked | None:
         weights, attrs, given = array_of(call.args[1]), call.attrs, self._block(call.args[0])
@@ -170,14 +155,14 @@ class _Blocker(Walk):
         phases = Channels(outputs.segments * (rows.stride * columns.stride), self._lanes)
         packed = pack_convolution(phase_weights(weights, int(attrs.groups), rows, columns), given.channels, phases)
         made = self._dense(given.value, weights, packed, phase_window(rows, columns), rows.count, columns.count)
-        return Blocked(self._kernel(interleave, made, rows=rows, columns=columns), outputs)
+        return Blocked(self.kernel(interleave, made, rows=rows, columns=columns), outputs)
 
     def _max_pool(self, call: Any) -> Blocked | None:
         given, window = self._blocked.get(call.args[0]), _pool_window(call)
         if given is None:
             return None
         _, _, height, width = shape_of(call)
-        made = self._kernel(
+        made = self.kernel(
             max_pool, given.value, anchors=True, window=window, height=height, width=width, device=self._device
         )
         return Blocked(made, given.channels)
@@ -203,7 +188,7 @@ class _Blocker(Walk):
 
     def _average(self, given: Blocked, window: Window, counts: Array) -> Blocked:
         height, width = counts.shape
-        total = self._kernel(
+        total = self.kernel(
             sum_pool, given.value, anchors=True, window=window, height=height, width=width, device=self._device
         )
         share = np.float32(1) / counts
@@ -287,22 +272,8 @@ class _Blocker(Walk):
         tables = [relax.const(table) for table in (rows.index, rows.weight, columns.index, columns.weight)]
         form = self._blocked.get(call.args[0])
         if form is None:
-            return self._kernel(resize, self.read(call.args[0]), *tables)
-        return Blocked(self._kernel(resize, form.value, *tables), form.channels)
-
-    def _matmul(self, call: Any) -> Any:
-        weights, shape = array_of(self.read(call.args[1])), shape_of(call)
-        if weights is None or weights.ndim != 2 or len(shape) < 2:
-            return None
-        depth, outputs = weights.shape
-        x = self.builder.emit(relax.op.reshape(self.read(call.args[0]), (int(np.prod(shape[:-1])), depth)))
-        if outputs < self._lanes:
-            packed = np.ascontiguousarray(Channels((depth,), self._lanes).pack(weights.T, 1))
-            made = self._kernel(narrow_dense, x, relax.const(packed), anchors=True)
-        else:
-            packed = np.ascontiguousarray(Channels((outputs,), self._lanes).pack(weights, 1).swapaxes(0, 1))
-            made = self._kernel(dense, x, relax.const(packed), anchors=True, outputs=outputs, device=self._device)
-        return self.builder.emit(relax.op.reshape(made, shape))
+            return self.kernel(resize, self.read(call.args[0]), *tables)
+        return Blocked(self.kernel(resize, form.value, *tables), form.channels)
 
 
 def _pool_window(call: Any) -> Window:

@@ -10,6 +10,8 @@ from profiles.device import Device
 from targets.kernels.convolution import schedule_convolution
 from targets.kernels.dense import schedule_dense, schedule_narrow_dense
 from targets.kernels.other import schedule_other
+from targets.kernels.product import schedule_product
+from targets.kernels.rows import schedule_rows
 from targets.kernels.sliding import schedule_sliding
 from targets.kernels.winograd import schedule_winograd
 
@@ -21,6 +23,8 @@ _TEMPLATES: dict[str, Callable[[s_tir.Schedule, Any], None]] = {
     "dense": schedule_dense,
     "narrow_dense": schedule_narrow_dense,
     "winograd": schedule_winograd,
+    "product": schedule_product,
+    "rows": schedule_rows,
 }
 
 

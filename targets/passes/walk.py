@@ -8,6 +8,9 @@ from tvm import relax
 
 from targets.base import Array
 
+# FuseOps lets element-wise operators join a kernel of this pattern, and nothing else.
+_FUSES_ELEMENTWISE = {"op_pattern": 4}
+
 
 class Walk:
     """Visits every binding of a straight main function in order and emits what should stand in its place.
@@ -45,6 +48,17 @@ class Walk:
                 return whole.fields[value.index]
             return self.builder.emit(whole[value.index])
         return self._new.get(value, value) if isinstance(value, relax.Var) else value
+
+    def kernel(
+        self, function: Callable[..., Any], *arguments: Any, anchors: bool = False, name: str = "", **settings: Any
+    ) -> Any:
+        """Emit a call of a kernel that is written as a tensor expression; an anchor lets element-wise ones join it."""
+        attrs = {"primfunc_attrs": _FUSES_ELEMENTWISE} if anchors else {}
+
+        def compute(*tensors: Any) -> Any:
+            return function(*tensors, **settings)
+
+        return self.builder.emit_te(compute, *arguments, primfunc_name_hint=name or function.__name__, **attrs)
 
     def renewed(self, call: Any) -> Any:
         """The same call on new arguments; a kernel it names comes along."""
