@@ -4,10 +4,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import tvm
 from hypothesis import example as example_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,17 +18,22 @@ from torch import Tensor, nn
 
 from targets.base import Array, Program
 from targets.cpu import CpuTarget
-from targets.kernels.regions import Regions, shifts
+from targets.kernels.regions import Layout, Regions, shifts
 from targets.kernels.sparse import SparseConvolution
 from targets.kernels.window import Window
+from targets.passes.forms import SparseLayer, convolutions
 
 SPARSE = import_module("targets.passes.sparse")  # the package has a function of that name
 DEVICE = cpu_device(bits=host_bits())
 
 
+def everything(module: tvm.IRModule, *_: object) -> dict[Any, SparseLayer]:
+    return convolutions(module)
+
+
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(SPARSE, "_pays", lambda *_: True)
+    monkeypatch.setattr(SPARSE, "sparse_layers", everything)
     yield
 
 
@@ -71,6 +78,43 @@ def test_a_sparse_network_answers_as_the_dense_one(size: tuple[int, int], always
     assert kernels(program) == {"sparse"}
 
 
+class Mixed(nn.Module):
+    """Depthwise, grouped and strided convolutions, gates, a concatenation, a resize, pooling, odd channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.depth = nn.Conv2d(3, 20, 3, padding=1), nn.Conv2d(20, 20, 3, padding=1, groups=20)
+        self.grouped, self.point = nn.Conv2d(20, 30, 3, 1, 2, groups=5, dilation=2), nn.Conv2d(30, 20, 1)
+        self.down, self.wide = nn.Conv2d(20, 17, 3, 2, 1, groups=1), nn.Conv2d(17, 20, 5, padding=2)
+        self.slim, self.last = nn.Conv2d(40, 6, (1, 3), padding=(0, 1)), nn.Conv2d(6, 4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.relu(self.first(x))
+        y = self.point(nn.functional.relu6(self.grouped(self.depth(x)))) + x
+        y = y * torch.relu(y - x)
+        low = nn.functional.silu(self.wide(torch.relu(self.down(y))))
+        high = nn.functional.interpolate(low, size=x.shape[2:], mode="nearest")
+        z = self.slim(torch.cat([high, y], 1))
+        return self.last(nn.functional.max_pool2d(z, 3, 1, 1)), low.mean((2, 3))
+
+
+@given(seed=st.integers(0, 999), size=st.tuples(st.integers(7, 24), st.integers(7, 24)))
+@settings(max_examples=8, deadline=None, derandomize=True)
+def test_any_choice_of_sparse_convolutions_gives_the_same_answer(seed: int, size: tuple[int, int]) -> None:
+    program = to_program(thinned(settle(Mixed()), 0.4, seed), (torch.zeros(1, 3, *size),), ("map", "pooled"))
+    chance = np.random.default_rng(seed)
+
+    def some(module: tvm.IRModule, *_: object) -> dict[Any, SparseLayer]:
+        return {var: layer for var, layer in convolutions(module).items() if chance.random() < 0.6}
+
+    x = example(1, 3, *size, seed=seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SPARSE, "sparse_layers", some)
+        have = run_built(program, DEVICE, x)
+    for task, want in answers(program, x).items():
+        assert np.allclose(have[task], want, atol=2e-5 * max(1, np.abs(want).max()))
+
+
 def test_only_what_is_mostly_zero_is_sparse() -> None:
     for density, kind in ((0.1, "sparse"), (0.7, "dense")):
         net = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1))
@@ -98,7 +142,7 @@ def test_any_window_any_density(
         want = conv.double()(torch.from_numpy(x).double()).numpy()
     program = to_program(conv.float(), (torch.zeros(1, channels[0], *size),), ("map",))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SPARSE, "_pays", lambda *_: True)
+        patch.setattr(SPARSE, "sparse_layers", everything)
         patch.setattr(SparseConvolution, "chunked", lambda kernel, *_: replace(kernel, chunk=chunk))
         have = run_built(program, cpu_device(bits=bits), x)["map"]
     assert np.allclose(have, want, atol=1e-5 * max(1, np.abs(want).max()))
@@ -123,7 +167,7 @@ def test_any_window_reads_regions_as_it_reads_a_plane(
         want = net.double()(torch.from_numpy(x).double()).numpy()
     program = to_program(net.float(), (torch.zeros(1, 3, *size),), ("map",))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SPARSE, "_pays", lambda *_: True)
+        patch.setattr(SPARSE, "sparse_layers", everything)
         have = run_built(program, cpu_device(bits=bits), x)["map"]
     assert np.allclose(have, want, atol=1e-5 * max(1, np.abs(want).max()))
 
@@ -143,27 +187,52 @@ def test_special_values_reach_only_the_outputs_whose_weights_read_them(special: 
     assert np.array_equal(have[0][~reads], clean[0][~reads])
 
 
-@given(height=st.integers(1, 40), width=st.integers(1, 40), lanes=st.sampled_from([4, 8, 16]))
+BORDERS = st.tuples(*[st.integers(0, 3)] * 4)
+
+
+@given(height=st.integers(1, 40), width=st.integers(1, 40), lanes=st.sampled_from([4, 8, 16]), border=BORDERS)
 @settings(max_examples=60, deadline=None)
-def test_regions_hold_every_pixel_once(height: int, width: int, lanes: int) -> None:
-    regions = Regions.of(height, width, lanes)
-    assert regions.lanes == lanes
+def test_regions_hold_every_pixel_once(height: int, width: int, lanes: int, border: tuple[int, int, int, int]) -> None:
+    layout = Layout(Regions.of(height, width, lanes), border)
+    assert layout.regions.lanes == lanes
     y, x = np.mgrid[:height, :width]
-    places = regions.places(y, x)
+    places = layout.places(y, x)
     assert len(np.unique(places)) == height * width and places.min() >= 0
-    assert places.max() < regions.positions * lanes
-    own = regions.places(*regions.pixels(Window((1, 1))))
-    kept = own[own >= 0]
-    assert np.array_equal(kept, np.flatnonzero(own.reshape(-1) >= 0)), "the identity lies as itself"
+    assert places.max() < layout.vectors * lanes
+    down, across = layout.pixels()
+    row, column = divmod(places // lanes, layout.across)
+    assert np.array_equal(down[row * layout.across + column, places % lanes], y), "a pixel lies where its place says"
+    assert np.array_equal(across[row * layout.across + column, places % lanes], x)
+
+
+@given(height=st.integers(1, 30), width=st.integers(1, 30), lanes=st.sampled_from([4, 8, 16]), border=BORDERS)
+@settings(max_examples=60, deadline=None)
+def test_a_border_repeats_the_neighbours_pixels(
+    height: int, width: int, lanes: int, border: tuple[int, int, int, int]
+) -> None:
+    layout = Layout(Regions.of(height, width, lanes), border)
+    plane = np.random.default_rng(0).standard_normal((height, width))
+    flat = np.full(layout.vectors * lanes + 2 * lanes, 99.0)
+    y, x = np.mgrid[:height, :width]
+    flat[lanes + layout.places(y, x)] = plane
+    which, starts, counts = layout.copies()
+    made = flat.copy()
+    for vector, start, count in zip(which, starts, counts, strict=True):
+        made[lanes + vector * lanes :][:lanes] = np.where(count, flat[lanes + start :][:lanes], 0)
+    if any(border):
+        y, x = layout.pixels()
+        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        wanted = np.where(inside, plane[np.clip(y, 0, height - 1), np.clip(x, 0, width - 1)], 0)
+        assert np.array_equal(made[lanes:-lanes].reshape(-1, lanes), wanted)
 
 
 def test_shifts_read_what_places_say() -> None:
-    regions = Regions.of(14, 14, 16)
-    places = regions.places(*regions.pixels(Window((3, 3), padding=(1, 1, 1, 1))))
+    layout = Layout(Regions.of(14, 14, 16))
+    places = layout.places(*layout.regions.pixels(Window((3, 3), padding=(1, 1, 1, 1))))
     found = shifts(places)
     assert found is not None
     starts, counts = found
-    source = np.random.default_rng(0).standard_normal(regions.positions * 16 + 32)
+    source = np.random.default_rng(0).standard_normal(layout.vectors * 16 + 32)
     spans = np.stack([source[16 + start : 32 + start] for start in starts])
     wanted = np.where(places >= 0, source[16 + np.maximum(places, 0)], 0)
     assert np.array_equal(np.where(counts, spans, 0), wanted)

@@ -45,12 +45,8 @@ class Regions:
 
     @property
     def positions(self) -> int:
-        """Vectors a channel."""
+        """Vectors a channel, no border."""
         return self.rows * self.columns
-
-    def size(self, channels: int) -> int:
-        """Values of a flat tensor, slack included."""
-        return (channels * self.positions + 2) * self.lanes
 
     def pixels(self, window: Window) -> tuple[Array, Array]:
         """Row and column, (vectors, lanes), of the input pixels that each lane reads for its region of outputs.
@@ -67,12 +63,69 @@ class Regions:
         y, x = np.broadcast_to(rows[:, None], shape), np.broadcast_to(columns[None], shape)
         return y.reshape(-1, self.lanes), x.reshape(-1, self.lanes)
 
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A tensor of channels over regions, each with a border of pixels that belong to its neighbours.
+
+    Where there is a border, it and what is beyond the plane hold what a window reads there: the neighbours' values, and
+    zeros outside the plane.
+
+    Attributes:
+        border: rows above, columns left, rows below, columns right.
+    """
+
+    regions: Regions
+    border: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    @property
+    def down(self) -> int:
+        """Rows of a region with its border."""
+        return self.regions.rows + self.border[0] + self.border[2]
+
+    @property
+    def across(self) -> int:
+        """Columns of a region with its border."""
+        return self.regions.columns + self.border[1] + self.border[3]
+
+    @property
+    def vectors(self) -> int:
+        """Vectors a channel."""
+        return self.down * self.across
+
+    def size(self, channels: int) -> int:
+        """Values of a flat tensor, slack included."""
+        return (channels * self.vectors + 2) * self.regions.lanes
+
+    def pixels(self) -> tuple[Array, Array]:
+        """Row and column, (vectors, lanes), of the pixel that lies at each place."""
+        top, left, bottom, right = self.border
+        return self.regions.pixels(Window((top + bottom + 1, left + right + 1), padding=self.border))
+
     def places(self, y: Array, x: Array) -> Array:
-        """Where in a channel of this layout the pixels lie, counted in values; -1 for those outside the plane."""
-        inside = (y >= 0) & (y < self.height) & (x >= 0) & (x < self.width)
+        """Where in a channel pixels lie, each in its own region, counted in values; -1 for those not in the plane."""
+        regions = self.regions
+        inside = (y >= 0) & (y < regions.height) & (x >= 0) & (x < regions.width)
         y, x = np.where(inside, y, 0), np.where(inside, x, 0)
-        lane = y // self.rows * self.grid_columns + x // self.columns
-        return np.where(inside, (y % self.rows * self.columns + x % self.columns) * self.lanes + lane, -1)
+        lane = y // regions.rows * regions.grid_columns + x // regions.columns
+        row, column = y % regions.rows + self.border[0], x % regions.columns + self.border[1]
+        return np.where(inside, (row * self.across + column) * regions.lanes + lane, -1)
+
+    def copies(self) -> tuple[Array, Array, Array]:
+        """Vectors that are not the region's own: which, where each starts that it repeats, and which lanes count."""
+        places = self.places(*self.pixels())
+        if not any(self.border):
+            places = places[:0]
+        own = np.arange(places.size).reshape(places.shape)
+        which = np.flatnonzero((places != own).any(1))
+        found = shifts(places[which])
+        assert found is not None, "neighbouring regions lie in neighbouring lanes"
+        return which.astype(np.int32), *found
+
+    def covers(self, other: "Layout") -> bool:
+        """Whether a reader of the other layout may read this one in its place."""
+        wide_enough = all(mine >= its for mine, its in zip(self.border, other.border, strict=True))
+        return self.regions == other.regions and wide_enough
 
 
 def shifts(places: Array) -> tuple[Array, Array] | None:

@@ -5,21 +5,19 @@ from tvm import relax
 
 from profiles.device import Device
 from targets.choice import Choices
-from targets.passes.blocked import blocked
 from targets.passes.fold import fold
 from targets.passes.matrices import matrices
 from targets.passes.pattern import correct_patterns
 from targets.passes.schedule import schedule
-from targets.passes.sparse import sparse
+from targets.passes.sparse import lay_out
 from targets.passes.vector_math import vector_math
 
 
 def cpu_passes(module: tvm.IRModule, device: Device, choices: Choices) -> tvm.IRModule:
     """Relax as imported to scheduled kernels for a CPU; call it within the device's TVM target."""
     module = fold(module)  # batch norms and moved constants, so that only real weights are left to pack
-    module = sparse(module, device)  # convolutions with mostly zero weights, and what follows them
     module = matrices(module, device)  # matrix products, and what goes over rows
-    module = blocked(module, device, choices)  # channels in blocks of vector lanes, weights packed
+    module = lay_out(module, device, choices)  # channels in blocks; planes in regions for sparse weights
     for step in (
         relax.transform.FoldConstant(),  # what is left of constant arithmetic
         relax.transform.LegalizeOps(),  # every other operator becomes a kernel

@@ -24,7 +24,7 @@ from targets.kernels.sliding import depthwise, max_pool, sum_pool, window_counts
 from targets.kernels.transposed import Phases, interleave, phase_weights, phase_window
 from targets.kernels.window import Window
 from targets.passes.channels import Channels, pack_convolution, whole_groups
-from targets.passes.walk import Walk, array_of, ints, operator, rewrite, shape_of
+from targets.passes.walk import Walk, array_of, ints, operator, shape_of
 
 _KEEP_FINITE = frozenset(
     f"relax.{name}"
@@ -45,12 +45,9 @@ class Blocked:
     channels: Channels
 
 
-def blocked(module: tvm.IRModule, device: Device, choices: Choices) -> tvm.IRModule:
-    """The module with blocked convolutions and all that follows them; other operators untouched."""
-    return rewrite(module, lambda builder, old: _Blocker(builder, old, device, choices))
+class Blocker(Walk):
+    """Gives every operator that has a blocked rule its blocked kernel."""
 
-
-class _Blocker(Walk):
     def __init__(
         self, builder: relax.BlockBuilder, module: tvm.IRModule, device: Device, choices: Choices
     ) -> None:
@@ -71,6 +68,10 @@ class _Blocker(Walk):
             **dict.fromkeys(_ELEMENTWISE, self._unary),
             **dict.fromkeys(_BINARY, self._binary),
         }
+
+    def has_rule(self, name: str) -> bool:
+        """Whether an operator of that name reads blocked values where there are some."""
+        return name in self._rules
 
     def bind(self, var: Any, value: Any) -> None:
         if isinstance(value, relax.Var) and value in self._blocked:

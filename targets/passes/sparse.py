@@ -1,7 +1,8 @@
-"""Turn convolutions whose weights are mostly zero into sparse kernels over regions, with what follows them inside.
+"""Lay tensors out: blocked for dense convolutions, in regions for sparse ones and for what lies between them.
 
-A convolution waits until something reads it: the bias, one residual sum and bounds (ReLU, ReLU6) that alone read it
-join its kernel. Between two sparse convolutions values stay in regions; every other operator reads the plain form.
+Which convolutions are sparse is decided first, over the whole network (`forms.py`). A sparse convolution then waits
+until something reads it: the bias, one residual sum and bounds (ReLU, ReLU6) that alone read it join its kernel, and it
+makes the border that its readers need. A value changes its form where a reader needs another one, once.
 """
 
 from collections.abc import Callable
@@ -14,20 +15,23 @@ from tvm import relax, tirx
 
 from profiles.device import Device
 from targets.base import Array
-from targets.kernels.regions import Regions, shifts
-from targets.kernels.sparse import SparseConvolution, regroup, shift, sparse_convolution, ungroup
+from targets.choice import Choices
+from targets.kernels.moves import group_blocks, regroup, shift, ungroup, ungroup_blocks
+from targets.kernels.regions import Layout, Regions, shifts
+from targets.kernels.sparse import Grid, SparseConvolution, sparse_convolution
 from targets.kernels.window import Window
-from targets.passes.walk import Walk, array_of, ints, operator, rewrite, shape_of
+from targets.passes.blocked import Blocked, Blocker
+from targets.passes.channels import Channels
+from targets.passes.forms import SparseLayer, border_of, sparse_layers
+from targets.passes.walk import array_of, operator, rewrite, shape_of
 
-# Cycles, fitted to times of single kernels with AVX-512: a vector multiply-add that reads from the caches and one of a
-# dense kernel, one vector of a tensor that is laid out anew, and starting one more kernel on several threads.
-_SPARSE_CYCLES, _DENSE_CYCLES, _REGROUP_CYCLES, _KERNEL_CYCLES = 1.2, 0.54, 10.0, 10_000
-_WORTH = 0.8  # the share of the dense time below which it is done: the estimate may be off by as much
+_ZERO_STAYS_ZERO = {"relax.add": 2, "relax.subtract": 2, "relax.multiply": 2, "relax.nn.relu": 1}
 
 
-def sparse(module: tvm.IRModule, device: Device) -> tvm.IRModule:
-    """The module with sparse kernels wherever they should take less time than dense ones; the rest untouched."""
-    return rewrite(module, lambda builder, old: _Sparse(builder, old, device))
+def lay_out(module: tvm.IRModule, device: Device, choices: Choices) -> tvm.IRModule:
+    """The module with convolutions and what is around them as kernels over blocks or regions; the rest untouched."""
+    chosen = sparse_layers(module, device, choices)
+    return rewrite(module, lambda builder, old: _Layouts(builder, old, device, choices, chosen))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +39,24 @@ class _Waiting:
     """A sparse convolution that nothing has read yet; `source` and `residual` are old variables."""
 
     source: Any
-    weights: Array
-    kernel: SparseConvolution
+    layer: SparseLayer
     bias: Array
+    steps: tuple[tuple[str, float], ...] = ()
     residual: Any = None
 
 
-class _Sparse(Walk):
-    def __init__(self, builder: relax.BlockBuilder, module: tvm.IRModule, device: Device) -> None:
-        super().__init__(builder, module)
-        self._device = device
+class _Layouts(Blocker):
+    def __init__(
+        self, builder: relax.BlockBuilder, module: tvm.IRModule, device: Device, choices: Choices,
+        chosen: dict[Any, SparseLayer],
+    ) -> None:
+        super().__init__(builder, module, device, choices)
+        self._chosen = chosen
         self._waiting: dict[Any, _Waiting] = {}
-        self._grouped: dict[Any, tuple[Any, Regions]] = {}  # flat forms by old variable
-        self._bordered: dict[Any, Any] = {}  # inputs of kernels by old variable, regions and window
-        self._rules: dict[str, Callable[[Any], _Waiting | None]] = {
-            "relax.nn.conv2d": self._convolution,
+        self._grouped: dict[Any, tuple[Any, Layout]] = {}  # flat forms by old variable
+        self._moved: dict[Any, Any] = {}  # other flat forms by old variable and what lies where
+        self._borders = _borders(chosen, self.bound)
+        self._joins: dict[str, Callable[[Any], _Waiting | None]] = {
             "relax.add": self._sum,
             "relax.nn.relu": lambda call: self._bounded(call, "max", 0.0),
             "relax.maximum": lambda call: self._bounded(call, "max"),
@@ -57,46 +64,40 @@ class _Sparse(Walk):
         }
 
     def bind(self, var: Any, value: Any) -> None:
-        rule = self._rules.get(operator(value))
-        made = rule(value) if rule is not None else None
-        if made is None:
-            super().bind(var, value)
-        else:
+        name = operator(value)
+        join = self._joins.get(name)
+        if var in self._chosen:
+            self._waiting[var] = _Waiting(value.args[0], self._chosen[var], np.zeros(shape_of(value)[1], np.float32))
+        elif join is not None and (made := join(value)) is not None:
             self._waiting[var] = made
+        elif name in _ZERO_STAYS_ZERO and (flat := self._flat(value, _ZERO_STAYS_ZERO[name])) is not None:
+            self._grouped[var] = flat
+        else:
+            if self.has_rule(name):
+                for part in _variables(value):
+                    self._blocks(part)
+            super().bind(var, value)
 
     def read(self, value: Any) -> Any:
         if isinstance(value, relax.Var) and value not in self._new and self._is_grouped(value):
-            flat, regions = self._regions_of(value)
+            flat, layout = self._regions_of(value)
             shape = shape_of(value)
-            self._new[value] = self._call(ungroup(regions, shape[1]), [flat], shape)
+            self._new[value] = self._call(ungroup(layout, shape[1]), [flat], shape)
         return super().read(value)
 
-    # What may wait, and what may join it
-
-    def _convolution(self, call: Any) -> _Waiting | None:
-        weights, attrs, shape = array_of(call.args[1]), call.attrs, shape_of(call)
-        if weights is None or weights.dtype != np.float32 or weights.ndim != 4 or int(attrs.groups) != 1:
-            return None
-        if attrs.data_layout != "NCHW" or attrs.kernel_layout != "OIHW" or shape[0] != 1:
-            return None
-        window = Window(weights.shape[2:], ints(attrs.strides), ints(attrs.padding), ints(attrs.dilation))
-        regions = Regions.of(shape[2], shape[3], self._device.vector_lanes)
-        kernel = SparseConvolution(weights.shape[1], weights.shape[0], regions, window)
-        if not _pays(kernel, weights):
-            return None
-        return _Waiting(call.args[0], weights, kernel, np.zeros(shape[1], np.float32))
+    # What may join a waiting convolution, and what works on flat tensors as it is
 
     def _sum(self, call: Any) -> _Waiting | None:
         for value, other in (call.args, reversed(call.args)):
             made = self._alone(value)
-            if made is None or made.residual is not None or made.kernel.steps:
+            if made is None or made.residual is not None or made.steps:
                 continue
             constant = array_of(other)
-            if constant is not None and constant.size in (1, made.kernel.outputs) and constant.ndim <= 4:
-                if constant.size == 1 or constant.shape[-3:] == (made.kernel.outputs, 1, 1):
+            if constant is not None and constant.size in (1, len(made.bias)) and constant.ndim <= 4:
+                if constant.size == 1 or constant.shape[-3:] == (len(made.bias), 1, 1):
                     return replace(made, bias=made.bias + constant.reshape(-1))
             elif isinstance(other, relax.Var) and other is not value and shape_of(other) == shape_of(value):
-                return replace(made, residual=other, kernel=replace(made.kernel, residual=True))
+                return replace(made, residual=other)
         return None
 
     def _bounded(self, call: Any, step: str, bound: float | None = None) -> _Waiting | None:
@@ -106,9 +107,7 @@ class _Sparse(Walk):
             if constant is None or constant.size != 1:
                 return None
             bound = float(constant.item())
-        if made is None:
-            return None
-        return replace(made, kernel=replace(made.kernel, steps=(*made.kernel.steps, (step, bound))))
+        return None if made is None else replace(made, steps=(*made.steps, (step, bound)))
 
     def _alone(self, value: Any) -> _Waiting | None:
         """What waits under a name, when only one operator reads it and it was not made yet."""
@@ -116,76 +115,127 @@ class _Sparse(Walk):
             return None
         return self._waiting.get(value)
 
+    def _flat(self, call: Any, count: int) -> tuple[Any, Layout] | None:
+        """The call on flat operands, if all lie in regions in one layout; zeros outside the plane stay zero."""
+        parts = list(call.args)
+        if len(parts) != count or not all(isinstance(part, relax.Var) and self._is_grouped(part) for part in parts):
+            return None
+        forms = [self._regions_of(part) for part in parts]
+        if len({layout for _, layout in forms}) > 1 or {shape_of(part) for part in parts} != {shape_of(call)}:
+            return None
+        made = relax.Call(call.op, [flat for flat, _ in forms], call.attrs, call.ty_args)
+        return self.builder.emit(made), forms[0][1]
+
     # Forms
 
     def _is_grouped(self, value: Any) -> bool:
         return value in self._grouped or value in self._waiting
 
-    def _regions_of(self, value: Any) -> tuple[Any, Regions]:
+    def _blocks(self, value: Any) -> None:
+        """Give a value in regions its blocked form as well."""
+        if value in self._blocked or not self._is_grouped(value):
+            return
+        flat, layout = self._regions_of(value)
+        _, channels, height, width = shape_of(value)
+        y, x = layout.regions.pixels(Window((1, 1)))
+        places = np.where((y < height) & (x < width), y * width + x, -1)
+        lanes = self._device.vector_lanes
+        shape = (1, -(-channels // lanes), height, width, lanes)
+        made = self._call(ungroup_blocks(layout, channels), [flat, _table(places)], shape)
+        self._blocked[value] = Blocked(made, Channels((channels,), lanes))
+
+    def _regions_of(self, value: Any) -> tuple[Any, Layout]:
         """A value's flat form; a kernel that waited is emitted now."""
         if value not in self._grouped:
+            _, _, height, width = shape_of(value)
+            regions = Regions.of(height, width, self._device.vector_lanes)
+            layout = Layout(regions, self._borders.get(value, (0, 0, 0, 0)))
             if value in self._waiting:
-                self._grouped[value] = self._emit(self._waiting[value]), self._waiting[value].kernel.regions
+                self._grouped[value] = self._emit(self._waiting[value], layout), layout
             else:
-                _, _, height, width = shape_of(value)
-                regions = Regions.of(height, width, self._device.vector_lanes)
-                self._grouped[value] = self._with_border(value, regions, Window((1, 1))), regions
+                self._grouped[value] = self._moved_to(value, *layout.pixels()), layout
         return self._grouped[value]
 
-    def _emit(self, made: _Waiting) -> Any:
-        kernel = made.kernel.chunked(int(np.count_nonzero(made.weights)), self._device)
-        x = self._with_border(made.source, kernel.regions, kernel.window)
-        starts, offsets, values = kernel.weights(made.weights)
+    def _emit(self, made: _Waiting, layout: Layout) -> Any:
+        layer, window = made.layer, made.layer.window
+        border = border_of(layer)
+        if border is not None:
+            needed = Layout(layout.regions, border)
+            x, given = self._regions_of(made.source)
+            if not given.covers(needed):
+                x, given = self._moved_to(made.source, *needed.pixels()), needed
+            row, column = given.border[0] - window.padding[0], given.border[1] - window.padding[1]
+            grid = Grid(given.down, given.across, row, column)
+        else:
+            x = self._moved_to(made.source, *layout.regions.pixels(window))
+            grid = Grid(window.reach(layout.regions.rows, 0), window.reach(layout.regions.columns, 1))
+        conv = SparseConvolution(layer.inputs, layer.outputs, grid, layout, window, made.steps, groups=layer.groups)
+        conv = conv.chunked(layer.nonzeros, self._device)
+        starts, offsets, values = conv.weights(layer.weights)
         if not len(values):
             offsets, values = np.zeros(1, np.int32), np.zeros(1, np.float32)
-        given = [x, *map(relax.const, (starts, offsets, values, made.bias))]
-        if kernel.residual:
-            given.append(self._regions_of(made.residual)[0])
-        function = sparse_convolution(kernel, len(values), self._device)
-        return self._call(function, given, (kernel.regions.size(kernel.outputs),))
+        given_ = [x, *map(relax.const, (starts, offsets, values, made.bias))]
+        which, first, counts = layout.copies()
+        if len(which):
+            given_ += [_table(np.concatenate([which, first])), _table(counts)]
+        if made.residual is not None:
+            flat, beside = self._regions_of(made.residual)
+            conv = replace(conv, residual=beside)
+            given_.append(flat)
+        self._choices.note(layer.key, layer.macs, layer.weights)
+        about = {"layer": layer.key, "method": "sparse", "work": layer.nonzeros * layer.height * layer.width}
+        function = sparse_convolution(conv, len(values), self._device, about)
+        return self._call(function, given_, (layout.size(conv.outputs),))
 
-    def _with_border(self, source: Any, regions: Regions, window: Window) -> Any:
-        """A value as a kernel with this window reads it for these regions of outputs."""
-        key = source, regions, window
-        if key not in self._bordered:
-            self._bordered[key] = self._laid_out(source, regions, window)
-        return self._bordered[key]
+    def _moved_to(self, source: Any, y: Array, x: Array) -> Any:
+        """A value as flat vectors of these pixels, (vectors, lanes), zero for those outside the plane."""
+        key = source, y.tobytes(), x.tobytes()
+        if key not in self._moved:
+            self._moved[key] = self._move(source, y, x)
+        return self._moved[key]
 
-    def _laid_out(self, source: Any, regions: Regions, window: Window) -> Any:
+    def _move(self, source: Any, y: Array, x: Array) -> Any:
         _, channels, height, width = shape_of(source)
-        y, x = regions.pixels(window)
-        size = ((channels * len(y) + 2) * regions.lanes,)
-        if not self._is_grouped(source):
-            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-            places = np.where(inside, y * width + x, -1)
-            function = regroup((1, channels, height, width), 0, height * width, channels, places.shape)
-            return self._call(function, [self.read(source), _table(places)], size)
-        flat, given = self._regions_of(source)
-        places, stride = given.places(y, x), given.positions * given.lanes
-        if given == regions and window == Window((1, 1)):
-            return flat
-        spans = shifts(places)
-        if spans is None:
-            function = regroup((given.size(channels),), given.lanes, stride, channels, places.shape)
+        size = ((channels * len(y) + 2) * y.shape[1],)
+        if self._is_grouped(source):
+            flat, given = self._regions_of(source)
+            places, stride = given.places(y, x), given.vectors * y.shape[1]
+            if (spans := shifts(places)) is not None:
+                starts, counts = spans
+                function = shift(given.size(channels), stride, channels, *places.shape)
+                return self._call(function, [flat, relax.const(starts), _table(counts)], size)
+            function = regroup((given.size(channels),), y.shape[1], stride, channels, places.shape)
             return self._call(function, [flat, _table(places)], size)
-        starts, counts = spans
-        function = shift(given.size(channels), stride, channels, len(starts), regions.lanes)
-        return self._call(function, [flat, relax.const(starts), _table(counts)], size)
+        places = np.where((y >= 0) & (y < height) & (x >= 0) & (x < width), y * width + x, -1)
+        blocked = self._blocked.get(source)
+        if blocked is not None and len(blocked.channels.segments) == 1 and blocked.channels.lanes == y.shape[1]:
+            function = group_blocks(channels, height, width, places.shape)
+            return self._call(function, [blocked.value, _table(places)], size)
+        function = regroup((1, channels, height, width), 0, height * width, channels, places.shape)
+        return self._call(function, [self.read(source), _table(places)], size)
 
     def _call(self, function: tirx.PrimFunc, arguments: list[Any], shape: tuple[int, ...]) -> Any:
         name = self.builder.add_func(function.without_attr("global_symbol"), str(function.attrs["global_symbol"]))
         return self.builder.emit(relax.call_tir(name, arguments, relax.TensorType(shape, "float32")))
 
 
-def _pays(kernel: SparseConvolution, weights: Array) -> bool:
-    """Whether skipping zeros should save more than less regular reads and the change of layout cost."""
-    regions, (outputs, inputs, *window) = kernel.regions, weights.shape
-    sparse_cycles = np.count_nonzero(weights) * regions.positions * _SPARSE_CYCLES
-    laid_out = inputs * kernel.down * kernel.across + outputs * regions.positions
-    sparse_cycles += laid_out * _REGROUP_CYCLES + 2 * _KERNEL_CYCLES
-    pixels = regions.height * regions.width
-    dense_cycles = outputs * inputs * np.prod(window) * pixels / regions.lanes * _DENSE_CYCLES
-    return bool(sparse_cycles < _WORTH * dense_cycles)
+def _borders(chosen: dict[Any, SparseLayer], bound: dict[Any, Any]) -> dict[Any, tuple[int, int, int, int]]:
+    """The border each variable needs for the sparse convolutions that read it as it lies."""
+    found: dict[Any, tuple[int, int, int, int]] = {}
+    for var, layer in chosen.items():
+        border, source = border_of(layer), bound[var].args[0]
+        if border is not None:
+            top, left, bottom, right = map(max, zip(border, found.get(source, border), strict=True))
+            found[source] = (top, left, bottom, right)
+    return found
+
+
+def _variables(value: Any) -> list[Any]:
+    """Variables that a call reads, those in a tuple too."""
+    if not isinstance(value, relax.Call):
+        return []
+    parts = [part for arg in value.args for part in (arg.fields if isinstance(arg, relax.Tuple) else [arg])]
+    return [part for part in parts if isinstance(part, relax.Var)]
 
 
 def _table(values: Array) -> Any:
