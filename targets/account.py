@@ -24,6 +24,7 @@ class Call(Settings):
         macs: multiply-adds that the layer takes by definition, zeros included; 0 where they are not counted.
         work: multiply-adds that this kernel does for them.
         density: share of the layer's weights that are not zero; 1 where there are none.
+        instead: of a layer that could be dense or sparse, what the other would have taken.
         bytes: of everything it reads and writes, each once.
         weight_bytes: the constants among them.
     """
@@ -35,6 +36,7 @@ class Call(Settings):
     macs: int
     work: int
     density: float
+    instead: str
     bytes: int
     weight_bytes: int
 
@@ -75,6 +77,7 @@ def account(module: tvm.IRModule, choices: Choices) -> Kernels:
                 macs=macs,
                 work=int(about.get("work", macs)),
                 density=density,
+                instead=choices.instead.get(layer, ""),
                 bytes=sum(_size(argument.ty) for argument in arguments) + _size(made),
                 weight_bytes=weights,
             )

@@ -38,23 +38,18 @@ class Choice:
     candidates: Sequence[Candidate]
     seconds: Mapping[str, float] = field(default_factory=dict)
 
-    def expected(self, candidate: Candidate) -> float:
-        """Seconds of a candidate: as measured, or its cycles at the pace of those that were; in cycles if none was."""
-        if candidate.name in self.seconds:
-            return self.seconds[candidate.name]
-        paces = [self.seconds[c.name] / c.cycles for c in self.candidates if c.name in self.seconds]
-        return candidate.cycles * (statistics.median(paces) if paces else 1.0)
-
 
 class Choices:
     """Decides layers by `records` and remembers each decision, in order, for whoever tunes or reports.
 
-    `occurrences` holds, for each layer as often as it occurs, its multiply-adds by definition and its density.
+    `occurrences` holds, for each layer as often as it occurs, its multiply-adds by definition and its density;
+    `instead` says of some what another form of them would have taken.
     """
 
     def __init__(self, records: Records | None = None) -> None:
         self._records = records or {}
         self.made: dict[str, Choice] = {}
+        self.instead: dict[str, str] = {}
         self.occurrences: dict[str, list[tuple[int, float]]] = {}
 
     def best(self, layer: str, candidates: Sequence[Candidate]) -> Any:
@@ -68,6 +63,19 @@ class Choices:
                 picked = min(candidates, key=lambda c: c.cycles)
             self.made[layer] = Choice(layer, picked, candidates, seconds)
         return self.made[layer].picked
+
+    def measured(self, layer: str) -> bool:
+        """Whether any candidate of a layer was measured."""
+        return layer in self.made and bool(self.made[layer].seconds)
+
+    def cycles(self, layer: str, measured: bool) -> float:
+        """What a layer's pick takes: its time at the usual pace of all that was measured, or its estimate."""
+        choice = self.made[layer]
+        if not measured:
+            return choice.picked.cycles
+        made = self.made.values()
+        paces = [one.seconds[c.name] / c.cycles for one in made for c in one.candidates if c.name in one.seconds]
+        return choice.seconds[choice.picked.name] / statistics.median(paces)
 
     def note(self, layer: str, macs: int, weights: Array) -> None:
         """Remember that the network computes this layer once more, with such weights."""

@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from networks import answers, cpu_device, example, host_bits, run_built, settle, to_program
 from torch import Tensor, nn
 
+from profiles.device import Device
 from targets.base import Array, Program
 from targets.cpu import CpuTarget
 from targets.kernels.regions import Layout, Regions, shifts
 from targets.kernels.sparse import SparseConvolution
+from targets.kernels.sparse_methods import SparseLayer
 from targets.kernels.window import Window
-from targets.passes.forms import SparseLayer, convolutions
+from targets.passes.forms import convolutions
 
 SPARSE = import_module("targets.passes.sparse")  # the package has a function of that name
 DEVICE = cpu_device(bits=host_bits())
@@ -141,9 +143,15 @@ def test_any_window_any_density(
     with torch.no_grad():
         want = conv.double()(torch.from_numpy(x).double()).numpy()
     program = to_program(conv.float(), (torch.zeros(1, channels[0], *size),), ("map",))
+    splits = SparseConvolution.splits
+
+    def one(kernel: SparseConvolution, device: Device) -> list[SparseConvolution]:
+        found = splits(kernel, device)
+        return [replace(found[seed % len(found)], chunk=chunk)]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SPARSE, "sparse_layers", everything)
-        patch.setattr(SparseConvolution, "chunked", lambda kernel, *_: replace(kernel, chunk=chunk))
+        patch.setattr(SparseConvolution, "splits", one)
         have = run_built(program, cpu_device(bits=bits), x)["map"]
     assert np.allclose(have, want, atol=1e-5 * max(1, np.abs(want).max()))
 

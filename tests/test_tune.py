@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -120,15 +119,20 @@ def test_the_measured_fastest_is_used_and_pinned() -> None:
     account = json.loads(tuned.files[artifacts.KERNELS])
     assert account["records"] == {layer: {slowest.name: 1e-6, choice.picked.name: 2e-6}}
     assert account["picks"][layer] == slowest.name
-    assert made(tuned).made[layer].expected(slowest) == 1e-6
 
 
-def test_what_was_not_measured_is_expected_at_the_pace_of_what_was() -> None:
-    choice = next(iter(made(planned()).made.values()))
-    first, second = choice.candidates[:2]
-    assert choice.expected(first) == first.cycles
-    paced = replace(choice, seconds={first.name: first.cycles * 3.0})
-    assert paced.expected(second) == pytest.approx(second.cycles * 3.0)
+def test_measured_times_count_as_cycles_at_the_usual_pace() -> None:
+    untuned = made(planned()).made
+    layers = list(untuned)[:2]
+    known = {layer: {c.name: c.cycles * 1e-9 for c in untuned[layer].candidates} for layer in layers}
+    slower = dict(known, **{layers[0]: {name: 3 * t for name, t in known[layers[0]].items()}})
+    for records_, times in ((known, 1.0), (slower, 3.0)):
+        tuned = made(planned(records_))
+        assert tuned.measured(layers[0])
+        estimate = tuned.cycles(layers[0], measured=False)
+        paced = tuned.cycles(layers[0], measured=True) / tuned.cycles(layers[1], measured=True)
+        assert estimate == untuned[layers[0]].picked.cycles
+        assert paced == pytest.approx(times * estimate / tuned.cycles(layers[1], measured=False))
 
 
 def test_equal_records_build_equal_libraries(tmp_path: Path) -> None:

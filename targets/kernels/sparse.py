@@ -21,7 +21,7 @@ from targets.kernels.window import Window
 _OTHER_REGISTERS = 4  # beside the accumulators: the weight, and what the compiler needs to move values
 _IN_FLIGHT = 8  # accumulators that keep two multiply-adds a cycle busy while each takes four
 _NEAREST_BYTES = 32 << 10  # what a core's nearest cache holds, next to weights, on any processor of the last decade
-_NEAR, _FAR = 0.75, 1.4  # cycles of a multiply-add that reads from the nearest cache, and from the one behind it
+_NEAR, _FAR = 0.55, 1.35  # cycles of a vector read from the nearest cache, and from the one behind it
 _TURN_CYCLES = 20  # of leaving a loop at a time the processor did not foresee
 ATTRS = {"layout": "regions", "op_pattern": 8, "tirx.noalias": True, "scheduled": True}  # 8: FuseOps leaves it alone
 
@@ -51,7 +51,8 @@ class SparseConvolution:
         residual: of a tensor of the outputs' shape that is added.
         groups: of the convolution; as many as channels for a depthwise one.
         chunk: input channels that are added to all outputs of a tile before the next ones are; sums wait in the output.
-            All of them, until `chunked` says otherwise.
+            All of them, unless said otherwise.
+        tile: most rows and columns of a region whose sums are in registers together.
     """
 
     inputs: int
@@ -63,6 +64,7 @@ class SparseConvolution:
     residual: Layout | None = None
     groups: int = 1
     chunk: int = 1 << 30
+    tile: tuple[int, int] = (1, 1)
 
     @property
     def lanes(self) -> int:
@@ -79,26 +81,33 @@ class SparseConvolution:
         """How often a tile's outputs are visited."""
         return -(-self.inputs // self.chunk)
 
-    def tile(self, device: Device) -> tuple[int, int]:
-        """Most rows and columns of a region whose sums fit into registers."""
+    def splits(self, device: Device) -> "list[SparseConvolution]":
+        """Every tile whose sums fit into registers, with all inputs at once and with as many as the cache holds."""
         most, regions = device.vector_registers - _OTHER_REGISTERS, self.made.regions
-        columns = _even(regions.columns, most)
-        return _even(regions.rows, max(1, most // columns)), columns
+        found = []
+        for parts in range(1, regions.columns + 1):
+            columns = -(-regions.columns // parts)
+            for rows in {_even(regions.rows, most_rows) for most_rows in range(1, most // columns + 1)}:
+                one = replace(self, tile=(rows, columns))
+                near = max(1, min(self.inputs, _NEAREST_BYTES // one._channel_bytes))
+                found += [one, replace(one, chunk=near)] if self.groups == 1 else [one]
+        return found
 
-    def chunked(self, nonzeros: int, device: Device) -> "SparseConvolution":
-        """The same with the chunk that should take the fewest cycles: near reads, or few visits to the outputs."""
-        if self.groups > 1:
-            return self
-        rows, columns = self.tile(device)
-        channel = 4 * self.lanes * self.window.reach(rows, 0) * self.window.reach(columns, 1)
+    @property
+    def _channel_bytes(self) -> int:
+        """Of the input pixels that a tile reads."""
+        rows, columns = self.tile
+        return 4 * self.lanes * self.window.reach(rows, 0) * self.window.reach(columns, 1)
 
-        def cycles(chunk: int) -> float:
-            visits = (-(-self.inputs // chunk) - 1) * self.outputs  # beyond the first of each output
-            each = 2 * _FAR + _TURN_CYCLES / (rows * columns)
-            return nonzeros * (_NEAR if chunk * channel <= _NEAREST_BYTES else _FAR) + visits * each
-
-        near = max(1, min(self.inputs, _NEAREST_BYTES // channel))
-        return replace(self, chunk=min((self.inputs, near), key=cycles))
+    def cycles(self, nonzeros: int) -> float:
+        """Estimate for one core: two loads a cycle, from the nearest cache or the one behind it, and turns of loops."""
+        (rows, columns), regions = self.tile, self.made.regions
+        count, tiles = rows * columns, -(-regions.rows // rows) * -(-regions.columns // columns)
+        inputs = min(self.chunk, self.inputs) if self.groups == 1 else self.inputs // self.groups
+        near = inputs * self._channel_bytes <= _NEAREST_BYTES
+        each = max((count + 2) * _NEAR, 4.0 / _turns(count), count * (0.0 if near else _FAR))
+        visit = _TURN_CYCLES + count * (2 * _FAR if self.chunks > 1 else 1.0)
+        return tiles * (nonzeros * each + self.chunks * self.outputs * visit)
 
     def weights(self, weights_OIHW: Array) -> tuple[Array, Array, Array]:
         """Where the nonzeros of each (chunk, output) start and the last ones end, their places in x, their values.
@@ -129,7 +138,7 @@ def sparse_convolution(
     See `SparseConvolution.weights` and `Layout.copies`; `about` goes onto the kernel.
     """
     lanes, regions, strides, grid = conv.lanes, conv.made.regions, conv.window.strides, conv.grid
-    high, wide = conv.tile(device)
+    high, wide = conv.tile
     each = -(-conv.outputs // min(conv.outputs, device.cores))  # the more outputs, the more often a near read repeats
     tasks = -(-conv.outputs // each)
     repeated = len(conv.made.copies()[0])
@@ -186,7 +195,7 @@ def _visit(
     writes = [conv.place(conv.made, output, *pixel) for pixel in pixels]
     sums_of = [conv.place(conv.residual, output, *pixel) for pixel in pixels] if conv.residual else writes
     count = len(reads)
-    turns = max(1, min(4, _IN_FLIGHT // count))
+    turns = _turns(count)
     sums = T.alloc_buffer((turns * count * lanes,), "float32", scope="local")
 
     def place(k: int, turn: int = 0) -> Any:
@@ -241,6 +250,11 @@ def _finished(steps: Sequence[tuple[str, float]], value: Any, other: Any, at: An
         limit = tirx.Broadcast(tirx.const(bound, "float32"), lanes)
         value = tirx.max(value, limit) if step == "max" else tirx.min(value, limit)
     return value
+
+
+def _turns(count: int) -> int:
+    """How many sums each of `count` places gets, so that enough additions do not wait for each other."""
+    return max(1, min(4, _IN_FLIGHT // count))
 
 
 def _even(length: int, most: int) -> int:

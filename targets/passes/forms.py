@@ -1,12 +1,12 @@
 """Decide over a whole network which convolutions are sparse: a minimum cut between regions and blocks.
 
 Each convolution costs what its kernel costs in either form, element-wise operators nothing, everything else exists in
-blocks only; where a value is made in one form and read in the other, the change costs too. With two forms the cheapest assignment is a minimum cut, and found exactly. Source of the formulation as a choice of layouts with costs
-on edges: Anderson and Gregg, "Optimal DNN Primitive Selection with Partitioned Boolean Quadratic Programming", CGO 2018.
+blocks only; where a value is made in one form and read in the other, the change costs too. With two forms the cheapest
+assignment is a minimum cut, and found exactly. Source of layouts as a choice with costs on edges: Anderson and Gregg,
+"Optimal DNN Primitive Selection with Partitioned Boolean Quadratic Programming", CGO 2018.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import networkx
@@ -15,18 +15,17 @@ import tvm
 from tvm import relax
 
 from profiles.device import Device
-from targets.base import Array
 from targets.choice import Choices
 from targets.kernels.methods import ConvolutionLayer
 from targets.kernels.regions import Regions
+from targets.kernels.sparse_methods import SparseLayer
+from targets.kernels.tile import CACHE_BYTES
 from targets.kernels.window import Window
 from targets.passes.walk import array_of, bindings, ints, operator, shape_of
 
 # Cycles, fitted to times of single kernels with AVX-512.
-_PRODUCT = 1.1  # a vector multiply-add of a sparse kernel, its read included
-_VISIT = 30.0  # an output channel of a tile: its sums begun, stored, the loop left unforeseen
-_NONZERO = 2.0  # one more weight with its place, from memory
-_MOVE, _GATHER = 9.0, 20.0  # a vector that changes its form as whole squares, and one whose lanes come one by one
+_MOVE, _FAR_MOVE = 9.0, 17.0  # a vector that changes its form, of a tensor that a core's own cache holds or not
+_GATHER = 20.0  # a vector whose lanes come one by one
 _DEPTHWISE = 1.7  # a vector multiply-add of a dense depthwise kernel
 _CALL = 6000.0  # one more kernel, started on several threads
 _MOST = 0.6  # density above which a kernel that skips zeros need not be considered
@@ -37,64 +36,6 @@ _FREE = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class SparseLayer:
-    """A convolution of one picture as a sparse kernel sees it; weights, (O, I of a group, h, w), as in the network."""
-
-    inputs: int
-    size: tuple[int, int]
-    weights: Array
-    window: Window
-    groups: int
-    height: int
-    width: int
-
-    @property
-    def outputs(self) -> int:
-        """Channels."""
-        return int(self.weights.shape[0])
-
-    @cached_property
-    def nonzeros(self) -> int:
-        """Weights that are not zero."""
-        return int(np.count_nonzero(self.weights))
-
-    @property
-    def macs(self) -> int:
-        """Multiply-adds by definition, zeros included."""
-        return self.weights.size * self.height * self.width
-
-    @property
-    def key(self) -> str:
-        """What reports know it by; the density is rounded, as times depend little on which weights are zero."""
-        def text(sizes: tuple[int, ...]) -> str:
-            return "x".join(map(str, sizes))
-
-        window, (height, width) = self.window, self.size
-        geometry = f"s{text(window.strides)} p{text(window.padding)} d{text(window.dilation)} g{self.groups}"
-        density = f"{self.nonzeros / max(1, self.weights.size):.2g}"
-        return f"sparse {self.inputs}x{height}x{width} by {text(self.weights.shape)} {geometry}, density {density}"
-
-    def cycles(self, lanes: int) -> float:
-        """Estimate, the change of form that a stride or another size needs included."""
-        regions = Regions.of(self.height, self.width, lanes)
-        cost = self.nonzeros * (regions.positions * _PRODUCT + _NONZERO) + _CALL
-        cost += self.outputs * -(-regions.positions // 28) * _VISIT
-        if border_of(self) is None:
-            reach = self.window.reach(regions.rows, 0) * self.window.reach(regions.columns, 1)
-            cost += self.inputs * reach * _GATHER + _CALL
-        return cost
-
-
-def border_of(layer: SparseLayer) -> tuple[int, int, int, int] | None:
-    """The border that lets a layer read its input as it lies; None if it cannot, as input and output differ in size."""
-    window = layer.window
-    top, left = window.padding[:2]
-    bottom, right = ((window.kernel[axis] - 1) * window.dilation[axis] - window.padding[axis] for axis in (0, 1))
-    same = layer.size == (layer.height, layer.width) and window.strides == (1, 1)
-    return (top, left, bottom, right) if same and bottom >= 0 and right >= 0 else None
-
-
 def sparse_layers(module: tvm.IRModule, device: Device, choices: Choices) -> dict[Any, SparseLayer]:
     """The convolutions that should be sparse, by variable."""
     layers = {
@@ -103,27 +44,28 @@ def sparse_layers(module: tvm.IRModule, device: Device, choices: Choices) -> dic
     }
     if not any(layer.groups == 1 for layer in layers.values()):
         return {}
+    costs = _weighed({b.var: (layers[b.var], b.value) for b in bindings(module) if b.var in layers}, device, choices)
     graph = networkx.DiGraph()
-    costs = {}
     for binding in bindings(module):
         var, value = binding.var, binding.value
         if var in layers:
-            layer = layers[var]
-            costs[var] = layer.cycles(device.vector_lanes), _WORTH * _dense_cycles(layer, value, device, choices)
-            _tie(graph, "blocks", var, costs[var][0])
-            _tie(graph, var, "regions", costs[var][1])
+            cost = costs[var]
+            _tie(graph, "blocks", var, cost.sparse)
+            _tie(graph, var, "regions", _WORTH * cost.dense)
         elif operator(value) not in _FREE or len(value.ty.shape) != 4 or shape_of(value)[0] != 1:
             _tie(graph, "blocks", var, float("inf"))
         for source in _pictures(value):
-            if var in layers and border_of(layers[var]) is None:
+            if var in layers and layers[var].border is None:
                 continue  # its input changes its form anyway
             if source not in graph:
                 _tie(graph, "blocks", source, float("inf"))  # an input of the network
             _, channels, height, width = shape_of(source)
-            cost = channels * Regions.of(height, width, device.vector_lanes).positions * _MOVE + _CALL
-            _tie(graph, source, var, cost)
-            _tie(graph, var, source, cost)
+            move = _moved(channels, Regions.of(height, width, device.vector_lanes))
+            _tie(graph, source, var, move)
+            _tie(graph, var, source, move)
     _, inside = networkx.minimum_cut(graph, "blocks", "regions")[1]
+    for cost in costs.values():
+        cost.tell(choices)
     return {var: layer for var, layer in layers.items() if var in inside}
 
 
@@ -151,21 +93,68 @@ def _layer(value: Any) -> SparseLayer | None:
     return SparseLayer(inputs, (height, width), weights, window, int(attrs.groups), *shape[2:])
 
 
-def _dense_cycles(layer: SparseLayer, value: Any, device: Device, choices: Choices) -> float:
+@dataclass(frozen=True, slots=True)
+class _Costs:
+    """Cycles of one convolution in either form, changes of form that its kernel alone needs included."""
+
+    sparse: float
+    dense: float
+    keys: tuple[str, str]
+    measured: bool
+
+    def tell(self, choices: Choices) -> None:
+        """Let whoever reads about a layer know what the other form would have taken."""
+        how = "measured" if self.measured else "estimated"
+        for key, name, ratio in (
+            (self.keys[0], "dense", self.dense / self.sparse), (self.keys[1], "sparse", self.sparse / self.dense)
+        ):
+            choices.instead[key] = f"{name}: {ratio:.2f} times as long, {how}"
+
+
+def _weighed(found: dict[Any, tuple[SparseLayer, Any]], device: Device, choices: Choices) -> dict[Any, _Costs]:
+    """What each convolution costs in either form; measured times where both forms have some."""
+    dense = {var: _dense(layer, value, device) for var, (layer, value) in found.items()}
+    for var, (layer, _) in found.items():
+        choices.best(layer.key, layer.candidates(device))
+        if (other := dense[var]) is not None:
+            choices.best(other.key, other.candidates(device))
+    costs = {}
+    for var, (layer, _) in found.items():
+        regions, other = Regions.of(layer.height, layer.width, device.vector_lanes), dense[var]
+        other_key = other.key if other is not None else ""
+        measured = choices.measured(layer.key) and choices.measured(other_key)
+        sparse = choices.cycles(layer.key, measured) + _CALL
+        if layer.border is None:
+            reach = layer.window.reach(regions.rows, 0) * layer.window.reach(regions.columns, 1)
+            sparse += layer.inputs * reach * _GATHER + _CALL
+        plain = choices.cycles(other_key, measured) if other is not None else _grouped_cycles(layer, device)
+        costs[var] = _Costs(sparse, plain + _CALL, (layer.key, other_key), measured)
+    return costs
+
+
+def _grouped_cycles(layer: SparseLayer, device: Device) -> float:
+    """Estimate for a depthwise or grouped convolution in blocks."""
+    taps, each = int(np.prod(layer.window.kernel)), layer.inputs // layer.groups
+    products = -(-layer.outputs // device.vector_lanes) * layer.height * layer.width * taps * each
+    return products * (_DEPTHWISE if each == 1 else 1.0)
+
+
+def _dense(layer: SparseLayer, value: Any, device: Device) -> ConvolutionLayer | None:
+    """The same convolution in blocks; None for a grouped one, which has no candidates there."""
+    if layer.groups > 1:
+        return None
     lanes = device.vector_lanes
     blocks, in_blocks = -(-layer.outputs // lanes), -(-layer.inputs // lanes)
-    if layer.groups > 1:
-        taps = layer.window.kernel[0] * layer.window.kernel[1]
-        per_group = layer.inputs // layer.groups
-        products = blocks * layer.height * layer.width * taps * (1 if per_group == 1 else per_group)
-        return products * (_DEPTHWISE if per_group == 1 else 1.0) + _CALL
-    planar = layer.inputs < lanes and not isinstance(value.args[0], relax.Call)
     source: tuple[int, ...] = (1, in_blocks, *layer.size, lanes)
     weights: tuple[int, ...] = (blocks, in_blocks, *layer.window.kernel, lanes, lanes)
-    if planar:
+    if layer.inputs < lanes and not isinstance(value.args[0], relax.Call):
         source, weights = (1, layer.inputs, *layer.size), (blocks, layer.inputs, *layer.window.kernel, 1, lanes)
-    dense = ConvolutionLayer(source, weights, layer.window, layer.height, layer.width)
-    return min(candidate.cycles for candidate in dense.candidates(device)) + _CALL
+    return ConvolutionLayer(source, weights, layer.window, layer.height, layer.width)
+
+
+def _moved(channels: int, regions: Regions) -> float:
+    vectors = channels * regions.positions
+    return vectors * (_FAR_MOVE if 4 * regions.lanes * vectors > CACHE_BYTES else _MOVE) + _CALL
 
 
 def _pictures(value: Any) -> list[Any]:

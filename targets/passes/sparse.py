@@ -18,11 +18,12 @@ from targets.base import Array
 from targets.choice import Choices
 from targets.kernels.moves import group_blocks, regroup, shift, ungroup, ungroup_blocks
 from targets.kernels.regions import Layout, Regions, shifts
-from targets.kernels.sparse import Grid, SparseConvolution, sparse_convolution
+from targets.kernels.sparse import sparse_convolution
+from targets.kernels.sparse_methods import SparseLayer
 from targets.kernels.window import Window
 from targets.passes.blocked import Blocked, Blocker
 from targets.passes.channels import Channels
-from targets.passes.forms import SparseLayer, border_of, sparse_layers
+from targets.passes.forms import sparse_layers
 from targets.passes.walk import array_of, operator, rewrite, shape_of
 
 _ZERO_STAYS_ZERO = {"relax.add": 2, "relax.subtract": 2, "relax.multiply": 2, "relax.nn.relu": 1}
@@ -157,20 +158,18 @@ class _Layouts(Blocker):
         return self._grouped[value]
 
     def _emit(self, made: _Waiting, layout: Layout) -> Any:
-        layer, window = made.layer, made.layer.window
-        border = border_of(layer)
-        if border is not None:
-            needed = Layout(layout.regions, border)
+        layer = made.layer
+        if layer.border is not None:
+            needed = Layout(layout.regions, layer.border)
             x, given = self._regions_of(made.source)
             if not given.covers(needed):
                 x, given = self._moved_to(made.source, *needed.pixels()), needed
-            row, column = given.border[0] - window.padding[0], given.border[1] - window.padding[1]
-            grid = Grid(given.down, given.across, row, column)
+            conv = layer.convolution(layout, given)
         else:
-            x = self._moved_to(made.source, *layout.regions.pixels(window))
-            grid = Grid(window.reach(layout.regions.rows, 0), window.reach(layout.regions.columns, 1))
-        conv = SparseConvolution(layer.inputs, layer.outputs, grid, layout, window, made.steps, groups=layer.groups)
-        conv = conv.chunked(layer.nonzeros, self._device)
+            x = self._moved_to(made.source, *layout.regions.pixels(layer.window))
+            conv = layer.convolution(layout, None)
+        split = self._choices.best(layer.key, layer.candidates(self._device)).split
+        conv = replace(conv, steps=made.steps, tile=split.tile, chunk=split.chunk)
         starts, offsets, values = conv.weights(layer.weights)
         if not len(values):
             offsets, values = np.zeros(1, np.int32), np.zeros(1, np.float32)
@@ -223,7 +222,7 @@ def _borders(chosen: dict[Any, SparseLayer], bound: dict[Any, Any]) -> dict[Any,
     """The border each variable needs for the sparse convolutions that read it as it lies."""
     found: dict[Any, tuple[int, int, int, int]] = {}
     for var, layer in chosen.items():
-        border, source = border_of(layer), bound[var].args[0]
+        border, source = layer.border, bound[var].args[0]
         if border is not None:
             top, left, bottom, right = map(max, zip(border, found.get(source, border), strict=True))
             found[source] = (top, left, bottom, right)
