@@ -93,7 +93,7 @@ def print_profile(found: dict[str, Any]) -> None:
     """Every kernel call that takes time, longest share or not, in order; then how the parts add up."""
     wall = found["wall_ms"]
     print_table(
-        ("kernel", "ms", "share", "layout", "density", "GFLOP/s", "of what is possible"),
+        ("kernel", "ms", "share", "layout", "density", "GFLOP/s", "of what is possible", "instead"),
         [
             (
                 row["kernel"],
@@ -103,6 +103,7 @@ def print_profile(found: dict[str, Any]) -> None:
                 f"{row['density']:.0%}" if row["layer"] else "-",
                 f"{row['gflops']:.0f}" if row["gflops"] else "-",
                 f"{row['of_roofline']:.0%}" if row["gflops"] else "-",
+                row["instead"],
             )
             for row in found["calls"]
         ],

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from profiles.device import Device
 from targets.base import Array, Program
 from targets.cpu import CpuTarget
+from targets.kernels.moves import group_blocks, regroup, ungroup, ungroup_blocks
 from targets.kernels.regions import Layout, Regions, shifts
 from targets.kernels.sparse import SparseConvolution
 from targets.kernels.sparse_methods import SparseLayer
@@ -246,3 +247,73 @@ def test_shifts_read_what_places_say() -> None:
     assert np.array_equal(np.where(counts, spans, 0), wanted)
     apart: Array = np.array([[0, 2, 4, 6]])
     assert shifts(apart) is None
+
+
+# Nothing is written beyond a kernel's own buffer, and no input is changed
+
+GUARD = 64
+
+
+def guarded(function: Any, arrays: list[Array], made: tuple[int, ...]) -> Array:
+    """Run a kernel whose result lies between guard zones; the result."""
+    target = tvm.target.Target(dict(DEVICE.target))
+    with target:
+        run = tvm.compile(tvm.IRModule({"main": function.with_attr("global_symbol", "main")}), target)["main"]
+    room = np.full(int(np.prod(made)) + 2 * GUARD, 12345.0, np.float32)
+    start = (-room.ctypes.data // 4) % GUARD  # results are aligned to a cache line
+    inside = slice(start + 16, start + 16 + int(np.prod(made)))
+    given = [tvm.runtime.tensor(array) for array in arrays]
+    run(*given, tvm.runtime.from_dlpack(room[inside].reshape(made)))
+    outside = np.delete(room, np.arange(inside.start, inside.stop))
+    assert (outside == 12345.0).all(), "written outside"
+    for tensor, array in zip(given, arrays, strict=True):
+        np.testing.assert_array_equal(tensor.numpy(), array)
+    return room[inside].reshape(made)
+
+
+@given(
+    channels=st.integers(1, 40), size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    border=st.tuples(*[st.integers(0, 2)] * 4), seed=st.integers(0, 9),
+)  # fmt: skip
+@settings(max_examples=6, deadline=None, derandomize=True)
+def test_values_come_back_from_regions_and_nothing_else_is_touched(
+    channels: int, size: tuple[int, int], border: tuple[int, int, int, int], seed: int
+) -> None:
+    lanes = DEVICE.vector_lanes
+    layout, blocks = Layout(Regions.of(*size, lanes), border), -(-channels // lanes)
+    x = example(1, channels, *size, seed=seed)
+    y, column = layout.pixels()
+    places = np.where((y >= 0) & (y < size[0]) & (column >= 0) & (column < size[1]), y * size[1] + column, -1)
+    table = places.astype(np.int32)
+    blocked = np.zeros((1, blocks * lanes, *size), np.float32)
+    blocked[:, :channels] = x
+    blocked = np.ascontiguousarray(blocked.reshape(1, blocks, lanes, *size).transpose(0, 1, 3, 4, 2))
+    flat = guarded(group_blocks(channels, *size, places.shape), [blocked, table.reshape(-1)], (layout.size(channels),))
+    same = regroup((1, channels, *size), 0, size[0] * size[1], channels, places.shape)
+    inner = slice(lanes, -lanes)
+    assert np.array_equal(guarded(same, [x, table.reshape(-1)], (layout.size(channels),))[inner], flat[inner])
+    assert np.array_equal(guarded(ungroup(layout, channels), [flat], x.shape), x)
+    rows, columns = layout.regions.pixels(Window((1, 1)))
+    own = np.where((rows < size[0]) & (columns < size[1]), rows * size[1] + columns, -1).astype(np.int32)
+    back = guarded(ungroup_blocks(layout, channels), [flat, own.reshape(-1)], blocked.shape)
+    assert np.array_equal(back, blocked)
+
+
+@given(
+    channels=st.tuples(st.integers(1, 9), st.integers(1, 9)), size=st.tuples(st.integers(1, 19), st.integers(1, 19)),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)), density=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=6, deadline=None, derandomize=True)
+def test_a_sparse_kernel_writes_its_outputs_alone(
+    channels: tuple[int, int], size: tuple[int, int], kernel: tuple[int, int], density: float, seed: int
+) -> None:
+    inputs, outputs = channels
+    window = Window(kernel, padding=(kernel[0] // 2, kernel[1] // 2) * 2)
+    weights = thinned(nn.Conv2d(inputs, outputs, kernel), density, seed).weight.detach().numpy()
+    made = (s + 2 * (k // 2) - k + 1 for s, k in zip(size, kernel, strict=True))
+    layer = SparseLayer(inputs, size, weights, window, 1, *made)
+    candidates = layer.candidates(DEVICE)
+    function, arrays = candidates[seed % len(candidates)].trial()
+    arrays[0][:] = np.nan
+    guarded(function, arrays[:-1], arrays[-1].shape)

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from tvm import s_tir, te
+from tvm import s_tir, te, tirx
 
 from profiles.device import Device
 from targets.kernels.epilogue import gather_epilogue, pull_padding, store_by_vectors
@@ -39,11 +39,16 @@ def _slide(
 ) -> te.Tensor:
     tile = sliding_tile(device, height, width, int(x.shape[0]) * int(x.shape[1]))
     _, columns = tile.padded(height, width)
-    padded = padded_input(x, window, height, columns, fill)
+    clamped = fill == _LOWEST and set(window.dilation) == {1}
+    padded = x if clamped else padded_input(x, window, height, columns, fill)
     kh, kw = (te.reduce_axis((0, size), name) for size, name in zip(window.kernel, ("kh", "kw"), strict=True))
 
     def value(n: Any, c: Any, h: Any, w: Any, lane: Any) -> Any:
-        return reduce(term(padded(n, c, *window.at(h, w, kh, kw), lane), c, kh, kw, lane), axis=[kh, kw])
+        row, column = window.at(h, w, kh, kw)
+        if clamped:  # the pixel at the border is in every window that reaches beyond it: seen twice, it is no larger
+            row = tirx.max(tirx.min(row - window.padding[0], int(x.shape[2]) - 1), 0)
+            column = tirx.max(tirx.min(column - window.padding[1], int(x.shape[3]) - 1), 0)
+        return reduce(term(padded(n, c, row, column, lane), c, kh, kw, lane), axis=[kh, kw])
 
     attrs = {**tile.annotations("sliding"), **about}
     whole = te.compute((x.shape[0], x.shape[1], height, columns, x.shape[4]), value, name="sliding", attrs=attrs)

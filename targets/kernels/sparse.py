@@ -112,7 +112,7 @@ class SparseConvolution:
     def weights(self, weights_OIHW: Array) -> tuple[Array, Array, Array]:
         """Where the nonzeros of each (chunk, output) start and the last ones end, their places in x, their values.
 
-        Inputs of `weights_OIHW` are those of one group.
+        Inputs of `weights_OIHW` are those of one group. Where all are zero one is listed that nobody reads.
         """
         o, local, kh, kw = np.nonzero(weights_OIHW)
         i = local + o // (self.outputs // self.groups) * (self.inputs // self.groups)
@@ -122,7 +122,10 @@ class SparseConvolution:
         starts = np.searchsorted(visit, np.arange(self.chunks * self.outputs + 1))
         rows, columns = kh * self.window.dilation[0], kw * self.window.dilation[1]
         offsets = ((i * self.grid.down + rows) * self.grid.across + columns) * self.lanes
-        return starts.astype(np.int32), offsets.astype(np.int32), weights_OIHW[o, local, kh, kw].astype(np.float32)
+        values = weights_OIHW[o, local, kh, kw].astype(np.float32)
+        if not len(values):
+            offsets, values = np.zeros(1, np.int32), np.zeros(1, np.float32)
+        return starts.astype(np.int32), offsets.astype(np.int32), values
 
     def place(self, layout: Layout, output: Any, row: Any, column: Any) -> Any:
         """The vector of an output's pixel in a flat tensor of such a layout."""

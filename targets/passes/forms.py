@@ -29,7 +29,7 @@ _GATHER = 20.0  # a vector whose lanes come one by one
 _DEPTHWISE = 1.7  # a vector multiply-add of a dense depthwise kernel
 _CALL = 6000.0  # one more kernel, started on several threads
 _MOST = 0.6  # density above which a kernel that skips zeros need not be considered
-_WORTH = 0.9  # the share of the dense time below which it is done: an estimate may be off by as much
+_WORTH = 0.85  # the share of the dense time below which it is done: an estimate may be off by as much
 
 _FREE = frozenset(
     f"relax.{name}" for name in ("add", "subtract", "multiply", "maximum", "minimum", "nn.relu")

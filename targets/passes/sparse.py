@@ -171,8 +171,6 @@ class _Layouts(Blocker):
         split = self._choices.best(layer.key, layer.candidates(self._device)).split
         conv = replace(conv, steps=made.steps, tile=split.tile, chunk=split.chunk)
         starts, offsets, values = conv.weights(layer.weights)
-        if not len(values):
-            offsets, values = np.zeros(1, np.int32), np.zeros(1, np.float32)
         given_ = [x, *map(relax.const, (starts, offsets, values, made.bias))]
         which, first, counts = layout.copies()
         if len(which):
