@@ -1,5 +1,7 @@
 """Products of computed matrices, softmax and layer normalisation against float64, over odd sizes and odd values."""
 
+from importlib import import_module
+
 import networks
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from targets.base import Array, Program
+from targets.passes.forms import convolutions
 
 pytestmark = pytest.mark.compile
 compiled = settings(max_examples=20, deadline=None, derandomize=True)
@@ -56,6 +59,33 @@ def test_layer_norm(outer: tuple[int, ...], size: int, bits: int, mean: float) -
     exact = x.astype(np.float64)
     exact = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-3)
     np.testing.assert_allclose(run(program, bits, x), exact * weights["g"] + weights["b"], rtol=1e-4, atol=1e-3)
+
+
+@compiled
+@given(st.sampled_from([(20,), (2, 17), (3, 1, 40)]), SIZES, SIZES, BITS, st.integers(0, 99))
+def test_sparse_dense_layers(outer: tuple[int, ...], inputs: int, outputs: int, bits: int, seed: int) -> None:
+    """Two of them with bias and activation between; always sparse, whether it pays or not."""
+    chance = np.random.default_rng(seed)
+    hidden = chance.choice([3, 16, 30])
+    weights = {
+        "a": networks.example(inputs, hidden) * (chance.random((inputs, hidden)) < 0.3).astype(np.float32),
+        "b": networks.example(hidden, seed=1),
+        "c": networks.example(hidden, outputs, seed=2) * (chance.random((hidden, outputs)) < 0.3).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["m"]),
+        helper.make_node("Add", ["m", "b"], ["s"]),
+        helper.make_node("Relu", ["s"], ["r"]),
+        helper.make_node("MatMul", ["r", "c"], ["y"]),
+    ]
+    program = networks.node_program(nodes, {"x": (*outer, inputs)}, {"y": (*outer, outputs)}, weights)
+    x = networks.example(*outer, inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_module("targets.passes.columns"), "_pays", lambda *_: True)
+        patch.setattr(import_module("targets.passes.sparse"), "sparse_layers", lambda module, *_: convolutions(module))
+        found = run(program, bits, x)
+    wanted = np.maximum(x.astype(np.float64) @ weights["a"] + weights["b"], 0) @ weights["c"]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=2e-6 * np.sqrt(inputs * hidden) * 4)
 
 
 def test_values_that_are_not_numbers_stay_in_their_row() -> None:

@@ -5,6 +5,7 @@ from tvm import relax
 
 from profiles.device import Device
 from targets.choice import Choices
+from targets.passes.columns import columns
 from targets.passes.fold import fold
 from targets.passes.matrices import matrices
 from targets.passes.pattern import correct_patterns
@@ -16,6 +17,7 @@ from targets.passes.vector_math import vector_math
 def cpu_passes(module: tvm.IRModule, device: Device, choices: Choices) -> tvm.IRModule:
     """Relax as imported to scheduled kernels for a CPU; call it within the device's TVM target."""
     module = fold(module)  # batch norms and moved constants, so that only real weights are left to pack
+    module = columns(module, device)  # dense layers with mostly zero weights, as convolutions
     module = matrices(module, device)  # matrix products, and what goes over rows
     module = lay_out(module, device, choices)  # channels in blocks; planes in regions for sparse weights
     for step in (

@@ -32,7 +32,8 @@ _MOST = 0.6  # density above which a kernel that skips zeros need not be conside
 _WORTH = 0.85  # the share of the dense time below which it is done: an estimate may be off by as much
 
 _FREE = frozenset(
-    f"relax.{name}" for name in ("add", "subtract", "multiply", "maximum", "minimum", "nn.relu")
+    f"relax.{name}"
+    for name in ("add", "subtract", "multiply", "maximum", "minimum", "nn.relu", "nn.gelu", "nn.silu", "tanh")
 )
 
 

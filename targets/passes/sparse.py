@@ -26,7 +26,9 @@ from targets.passes.channels import Channels
 from targets.passes.forms import sparse_layers
 from targets.passes.walk import array_of, operator, rewrite, shape_of
 
-_ZERO_STAYS_ZERO = {"relax.add": 2, "relax.subtract": 2, "relax.multiply": 2, "relax.nn.relu": 1}
+_ZERO_STAYS_ZERO = {f"relax.{name}": 2 for name in ("add", "subtract", "multiply")} | {
+    f"relax.{name}": 1 for name in ("nn.relu", "nn.gelu", "nn.silu", "tanh")
+}
 
 
 def lay_out(module: tvm.IRModule, device: Device, choices: Choices) -> tvm.IRModule:
