@@ -62,7 +62,8 @@ class RandomNetwork(nn.Module):
 
     def _answer(self, source: int) -> tuple[Callable[[Tensor], Tensor], int]:
         shape = self.shapes[source]
-        kind = self.chance.choice(["map", "pooled", "flat", "softmax"])
+        kinds = ["map", "pooled", "flat", *["softmax"] * (shape[2] * shape[3] > 1)]  # of one value it is a constant
+        kind = self.chance.choice(kinds)
         if kind == "map":
             return self._keep(nn.Conv2d(shape[1], self.chance.randint(1, 9), 1)), source
         if kind == "softmax":

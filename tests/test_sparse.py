@@ -118,6 +118,37 @@ def test_any_choice_of_sparse_convolutions_gives_the_same_answer(seed: int, size
         assert np.allclose(have[task], want, atol=2e-5 * max(1, np.abs(want).max()))
 
 
+def blocky(channels: int, density: float, team: int) -> nn.Conv2d:
+    """Neighbouring outputs have their zeros at the same places."""
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    mask = torch.rand((channels // team, channels, 3, 3), generator=torch.Generator().manual_seed(0)) < density
+    conv.weight.data.mul_(mask.repeat_interleave(team, 0))
+    return conv
+
+
+@pytest.mark.parametrize(("team", "zeros_of"), [(2, 2), (4, 4), (4, 1), (2, 4)])
+@pytest.mark.parametrize("size", [(9, 9), (14, 14), (28, 5)])
+def test_outputs_summed_together(team: int, zeros_of: int, size: tuple[int, int], always: None) -> None:
+    program = to_program(blocky(24, 0.2, zeros_of), (torch.zeros(1, 24, *size),), ("map",))
+    x = example(1, 24, *size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_module("targets.kernels.sparse_methods"), "_TEAMS", (team,))
+        have = run_built(program, DEVICE, x)["map"]
+    want = answers(program, x)["map"]
+    assert np.allclose(have, want, atol=1e-5 * np.abs(want).max())
+
+
+def test_blocks_of_zeros_are_skipped_together() -> None:
+    device = cpu_device(bits=512)
+    layers = [
+        SparseLayer(64, (28, 28), conv.weight.detach().numpy(), Window((3, 3), padding=(1,) * 4), 1, 28, 28)
+        for conv in (blocky(64, 0.1, 4), blocky(64, 0.1, 1))
+    ]
+    assert [layer.candidates(device)[0].split.team for layer in layers] == [4, 1]
+    assert layers[0].nonzeros == 4 * layers[0].places(4) and layers[0].key != layers[1].key
+    assert layers[0].candidates(device)[0].cycles < 0.7 * layers[1].candidates(device)[0].cycles
+
+
 def test_only_what_is_mostly_zero_is_sparse() -> None:
     for density, kind in ((0.1, "sparse"), (0.7, "dense")):
         net = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1))

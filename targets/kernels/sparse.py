@@ -53,6 +53,8 @@ class SparseConvolution:
         chunk: input channels that are added to all outputs of a tile before the next ones are; sums wait in the output.
             All of them, unless said otherwise.
         tile: most rows and columns of a region whose sums are in registers together.
+        team: outputs that are summed together; a weight that is not zero for one of them is read for all, and what it
+            is multiplied with is read once. More than one pays where whole blocks of weights are zero.
     """
 
     inputs: int
@@ -65,6 +67,7 @@ class SparseConvolution:
     groups: int = 1
     chunk: int = 1 << 30
     tile: tuple[int, int] = (1, 1)
+    team: int = 1
 
     @property
     def lanes(self) -> int:
@@ -81,9 +84,14 @@ class SparseConvolution:
         """How often a tile's outputs are visited."""
         return -(-self.inputs // self.chunk)
 
+    @property
+    def teams(self) -> int:
+        """Of outputs."""
+        return self.outputs // self.team
+
     def splits(self, device: Device) -> "list[SparseConvolution]":
         """Every tile whose sums fit into registers, with all inputs at once and with as many as the cache holds."""
-        most, regions = device.vector_registers - _OTHER_REGISTERS, self.made.regions
+        most, regions = (device.vector_registers - _OTHER_REGISTERS) // self.team, self.made.regions
         found = []
         for parts in range(1, regions.columns + 1):
             columns = -(-regions.columns // parts)
@@ -99,32 +107,37 @@ class SparseConvolution:
         rows, columns = self.tile
         return 4 * self.lanes * self.window.reach(rows, 0) * self.window.reach(columns, 1)
 
-    def cycles(self, nonzeros: int) -> float:
-        """Estimate for one core: two loads a cycle, from the nearest cache or the one behind it, and turns of loops."""
+    def cycles(self, places: int) -> float:
+        """Estimate for one core: two loads a cycle, from the nearest cache or the one behind it, and turns of loops.
+
+        `places` counts the weights that are not zero, those of a team at one place as one.
+        """
         (rows, columns), regions = self.tile, self.made.regions
         count, tiles = rows * columns, -(-regions.rows // rows) * -(-regions.columns // columns)
         inputs = min(self.chunk, self.inputs) if self.groups == 1 else self.inputs // self.groups
         near = inputs * self._channel_bytes <= _NEAREST_BYTES
-        each = max((count + 2) * _NEAR, 4.0 / _turns(count), count * (0.0 if near else _FAR))
-        visit = _TURN_CYCLES + count * (2 * _FAR if self.chunks > 1 else 1.0)
-        return tiles * (nonzeros * each + self.chunks * self.outputs * visit)
+        sums = count * self.team
+        each = max((count + self.team + 1) * _NEAR, sums / 2, 4.0 / _turns(sums), count * (0.0 if near else _FAR))
+        visit = _TURN_CYCLES + sums * (2 * _FAR if self.chunks > 1 else 1.0)
+        return tiles * (places * each + self.chunks * self.teams * visit)
 
     def weights(self, weights_OIHW: Array) -> tuple[Array, Array, Array]:
-        """Where the nonzeros of each (chunk, output) start and the last ones end, their places in x, their values.
+        """Where the nonzeros of each (chunk, team) start and the last ones end, their places in x, a team's values.
 
         Inputs of `weights_OIHW` are those of one group. Where all are zero one is listed that nobody reads.
         """
-        o, local, kh, kw = np.nonzero(weights_OIHW)
-        i = local + o // (self.outputs // self.groups) * (self.inputs // self.groups)
-        visit = i // self.chunk * self.outputs + o
+        by_team = weights_OIHW.reshape(self.teams, self.team, *weights_OIHW.shape[1:])
+        o, local, kh, kw = np.nonzero((by_team != 0).any(1))
+        i = local + o // (self.teams // self.groups) * (self.inputs // self.groups)
+        visit = i // self.chunk * self.teams + o
         order = np.argsort(visit, kind="stable")
         o, i, local, kh, kw, visit = (index[order] for index in (o, i, local, kh, kw, visit))
-        starts = np.searchsorted(visit, np.arange(self.chunks * self.outputs + 1))
+        starts = np.searchsorted(visit, np.arange(self.chunks * self.teams + 1))
         rows, columns = kh * self.window.dilation[0], kw * self.window.dilation[1]
         offsets = ((i * self.grid.down + rows) * self.grid.across + columns) * self.lanes
-        values = weights_OIHW[o, local, kh, kw].astype(np.float32)
+        values = by_team[o, :, local, kh, kw].astype(np.float32).reshape(-1)
         if not len(values):
-            offsets, values = np.zeros(1, np.int32), np.zeros(1, np.float32)
+            offsets, values = np.zeros(1, np.int32), np.zeros(self.team, np.float32)
         return starts.astype(np.int32), offsets.astype(np.int32), values
 
     def place(self, layout: Layout, output: Any, row: Any, column: Any) -> Any:
@@ -134,7 +147,7 @@ class SparseConvolution:
 
 
 def sparse_convolution(
-    conv: SparseConvolution, nonzeros: int, device: Device, about: Mapping[str, Any]
+    conv: SparseConvolution, places: int, device: Device, about: Mapping[str, Any]
 ) -> tirx.PrimFunc:
     """(x, starts, offsets, values, bias, copies and masks for a border, the sum where there is one, y), all flat.
 
@@ -142,23 +155,23 @@ def sparse_convolution(
     """
     lanes, regions, strides, grid = conv.lanes, conv.made.regions, conv.window.strides, conv.grid
     high, wide = conv.tile
-    each = -(-conv.outputs // min(conv.outputs, device.cores))  # the more outputs, the more often a near read repeats
-    tasks = -(-conv.outputs // each)
+    each = -(-conv.teams // min(conv.teams, device.cores))  # the more outputs, the more often a near read repeats
+    tasks = -(-conv.teams // each)
     repeated = len(conv.made.copies()[0])
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name("sparse_convolution")
             T.func_attr({**ATTRS, **about})
             x = argument("x", conv.input_size)
-            starts = argument("starts", conv.chunks * conv.outputs + 1, "int32")
-            offsets, values = argument("offsets", nonzeros, "int32"), argument("values", nonzeros)
+            starts = argument("starts", conv.chunks * conv.teams + 1, "int32")
+            offsets, values = argument("offsets", places, "int32"), argument("values", places * conv.team)
             bias = argument("bias", conv.outputs)
             tables = (("copies", 2 * repeated), ("masks", repeated * lanes)) if repeated else ()
             border = [argument(name, size, "int32") for name, size in tables]
             other = argument("other", conv.residual.size(conv.outputs)) if conv.residual else None
             y = argument("y", conv.made.size(conv.outputs))
             with T.sblock("root"), T.parallel(0, tasks) as task:
-                mine = tirx.min(each, conv.outputs - task * each)
+                mine = tirx.min(each, conv.teams - task * each)
                 for tile_row, row_count, rows in _pieces(regions.rows, high):
                     for tile_column, column_count, columns in _pieces(regions.columns, wide):
                         tile = T.serial(0, row_count), T.serial(0, column_count), T.serial(0, conv.chunks)
@@ -170,8 +183,8 @@ def sparse_convolution(
                                 given = x, (starts, offsets, values), bias, other
                                 _visit(conv, given, y, (chunk, task * each + one), reads, at)
                 if border:
-                    with T.serial(0, mine) as one, T.serial(0, repeated) as copy:
-                        _repeat(conv.made, border, y, (task * each + one) * conv.made.vectors, copy)
+                    with T.serial(0, mine * conv.team) as one, T.serial(0, repeated) as copy:
+                        _repeat(conv.made, border, y, (task * each * conv.team + one) * conv.made.vectors, copy)
         return builder.get()
 
 
@@ -189,15 +202,17 @@ def _visit(
     conv: SparseConvolution, given: tuple[Any, tuple[Any, Any, Any], Any, Any], y: Any, visited: tuple[Any, Any],
     reads: Sequence[Any], pixels: Sequence[tuple[Any, Any]],
 ) -> None:
-    """Emit what one chunk of inputs adds to one output channel of a tile; the sums stay in registers meanwhile.
+    """Emit what one chunk of inputs adds to a team of outputs of a tile; the sums stay in registers meanwhile.
 
     Few places would wait for each other's additions; their nonzeros are then added into several sums in turn.
     """
     x, (starts, offsets, values), bias, other = given
-    (chunk, output), lanes = visited, conv.lanes
-    writes = [conv.place(conv.made, output, *pixel) for pixel in pixels]
-    sums_of = [conv.place(conv.residual, output, *pixel) for pixel in pixels] if conv.residual else writes
-    count = len(reads)
+    (chunk, team), lanes, members = visited, conv.lanes, range(conv.team)
+    outputs = [team * conv.team + member for member in members]
+    writes = [conv.place(conv.made, output, *pixel) for output in outputs for pixel in pixels]
+    residual = conv.residual
+    added = [conv.place(residual, output, *pixel) for output in outputs for pixel in pixels] if residual else writes
+    count = len(writes)
     turns = _turns(count)
     sums = T.alloc_buffer((turns * count * lanes,), "float32", scope="local")
 
@@ -205,25 +220,27 @@ def _visit(
         return span((turn * count + k) * lanes, lanes)
 
     def add(nonzero: Any, turn: int) -> None:
-        weight = tirx.Broadcast(values[nonzero], lanes)
+        weights = [tirx.Broadcast(values[nonzero * conv.team + member], lanes) for member in members]
         for k, read in enumerate(reads):
-            value = sums[place(k, turn)] + weight * x[span(read + offsets[nonzero], lanes)]
-            T.buffer_store(sums, value, [place(k, turn)])
+            for member, weight in enumerate(weights):
+                at = place(member * len(reads) + k, turn)
+                T.buffer_store(sums, sums[at] + weight * x[span(read + offsets[nonzero], lanes)], [at])
 
     def begin(anew: bool) -> None:
         for k, write in enumerate(writes):
-            T.buffer_store(sums, tirx.Broadcast(bias[output], lanes) if anew else y[write], [place(k)])
+            first = tirx.Broadcast(bias[outputs[k // len(reads)]], lanes)
+            T.buffer_store(sums, first if anew else y[write], [place(k)])
 
     def end(whole: bool) -> None:
         for k, write in enumerate(writes):
             value = sum((sums[place(k, turn)] for turn in range(1, turns)), sums[place(k)])
-            T.buffer_store(y, _finished(conv.steps, value, other, sums_of[k], lanes) if whole else value, [write])
+            T.buffer_store(y, _finished(conv.steps, value, other, added[k], lanes) if whole else value, [write])
 
     _either(chunk == 0, begin, conv.chunks > 1)
     for turn in range(1, turns):
         for k in range(count):
             T.buffer_store(sums, tirx.Broadcast(tirx.const(0, "float32"), lanes), [place(k, turn)])
-    visit = chunk * conv.outputs + output
+    visit = chunk * conv.teams + team
     first, number = starts[visit], starts[visit + 1] - starts[visit]
     with T.serial(0, number // turns) as step:
         for turn in range(turns):

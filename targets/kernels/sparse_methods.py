@@ -1,6 +1,6 @@
 """A sparse convolution's candidates: how its outputs are tiled, and how its inputs are taken in chunks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from targets.kernels.sparse import Grid, SparseConvolution, sparse_convolution
 from targets.kernels.tile import CACHE_BYTES
 from targets.kernels.window import Window
 
+_TEAMS = (1, 2, 4)  # outputs that may be summed together
 _SPLITS = 6  # of a layer, that are worth a try
 _NONZERO = 2.0  # cycles of one more weight with its place, from memory
 _FAR_STORE = 6.0  # cycles of an output vector that the core's own cache does not hold
@@ -54,6 +55,8 @@ class SparseLayer:
         window, (height, width) = self.window, self.size
         geometry = f"s{text(window.strides)} p{text(window.padding)} d{text(window.dilation)} g{self.groups}"
         density = f"{self.nonzeros / max(1, self.weights.size):.2g}"
+        if self.outputs % 4 == 0 and self.nonzeros > 2 * self.places(4):
+            density += " in blocks"
         return f"sparse {self.inputs}x{height}x{width} by {text(self.weights.shape)} {geometry}, density {density}"
 
     @property
@@ -79,8 +82,21 @@ class SparseLayer:
         """The tiles and chunks worth a try."""
         made = Layout(Regions.of(self.height, self.width, device.vector_lanes))
         given = None if self.border is None else Layout(made.regions, self.border)
-        splits = dict.fromkeys(self.convolution(made, given).splits(device))
+        whole = self.convolution(made, given)
+        teams = [team for team in _TEAMS if self.outputs // self.groups % team == 0]
+        splits = dict.fromkeys(split for team in teams for split in replace(whole, team=team).splits(device))
         return sorted((Sparse(self, split, device) for split in splits), key=lambda one: one.cycles)[:_SPLITS]
+
+    def places(self, team: int) -> int:
+        """Weights that are not zero, those of a team of neighbouring outputs at one place counted once."""
+        if team not in self._places:
+            by_team = self.weights.reshape(self.outputs // team, team, -1)
+            self._places[team] = int((by_team != 0).any(1).sum())
+        return self._places[team]
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -94,14 +110,16 @@ class Sparse:
     @property
     def name(self) -> str:
         rows, columns = self.split.tile
-        return f"sparse {rows}x{columns} {min(self.split.chunk, self.split.inputs)}"
+        team = f" teams of {self.split.team}" if self.split.team > 1 else ""
+        return f"sparse {rows}x{columns} {min(self.split.chunk, self.split.inputs)}{team}"
 
     @property
     def cycles(self) -> float:
         """Estimate of the kernel alone: sums, weights and their places from memory, outputs to it if they are many."""
         vectors = self.layer.outputs * self.split.made.vectors
         stores = vectors * (_FAR_STORE if 4 * self.split.lanes * vectors > CACHE_BYTES else 1.0)
-        return self.split.cycles(self.layer.nonzeros) + self.layer.nonzeros * _NONZERO + stores
+        places = self.layer.places(self.split.team)
+        return self.split.cycles(places) + places * (1 + self.split.team) / 2 * _NONZERO + stores
 
     def trial(self) -> tuple[Any, list[Array]]:
         conv, layer = self.split, self.layer

@@ -171,7 +171,7 @@ class _Layouts(Blocker):
             x = self._moved_to(made.source, *layout.regions.pixels(layer.window))
             conv = layer.convolution(layout, None)
         split = self._choices.best(layer.key, layer.candidates(self._device)).split
-        conv = replace(conv, steps=made.steps, tile=split.tile, chunk=split.chunk)
+        conv = replace(conv, steps=made.steps, tile=split.tile, chunk=split.chunk, team=split.team)
         starts, offsets, values = conv.weights(layer.weights)
         given_ = [x, *map(relax.const, (starts, offsets, values, made.bias))]
         which, first, counts = layout.copies()
@@ -183,7 +183,7 @@ class _Layouts(Blocker):
             given_.append(flat)
         self._choices.note(layer.key, layer.macs, layer.weights)
         about = {"layer": layer.key, "method": "sparse", "work": layer.nonzeros * layer.height * layer.width}
-        function = sparse_convolution(conv, len(values), self._device, about)
+        function = sparse_convolution(conv, len(offsets), self._device, about)
         return self._call(function, given_, (layout.size(conv.outputs),))
 
     def _moved_to(self, source: Any, y: Array, x: Array) -> Any:
