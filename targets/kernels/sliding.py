@@ -39,8 +39,9 @@ def _slide(
 ) -> te.Tensor:
     tile = sliding_tile(device, height, width, int(x.shape[0]) * int(x.shape[1]))
     _, columns = tile.padded(height, width)
-    clamped = fill == _LOWEST and set(window.dilation) == {1}
-    padded = x if clamped else padded_input(x, window, height, columns, fill)
+    padded = padded_input(x, window, height, columns, fill)
+    clamped = padded is not x and fill == _LOWEST and set(window.dilation) == {1}
+    padded = x if clamped else padded
     kh, kw = (te.reduce_axis((0, size), name) for size, name in zip(window.kernel, ("kh", "kw"), strict=True))
 
     def value(n: Any, c: Any, h: Any, w: Any, lane: Any) -> Any:
