@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -113,8 +114,10 @@ def _verify(directory: Path, manifest: Manifest, where: str) -> None:
         raise TargetError(f"{where} lacks {', '.join(missing)}. Copy the whole folder, or build it again.")
     if added := sorted(present.keys() - manifest.files):
         raise TargetError(f"{where} holds {', '.join(added)}, which its manifest does not name. Remove it.")
+    with ThreadPoolExecutor() as pool:  # the library and the model are of about the same size
+        found = dict(zip(manifest.files, pool.map(_sha256, (present[name] for name in manifest.files)), strict=True))
     for name, digest in manifest.files.items():
-        if _sha256(present[name]) != digest:
+        if found[name] != digest:
             raise TargetError(f"{where}: {name} differs from its manifest (SHA-256). Copy or build it again.")
 
 
