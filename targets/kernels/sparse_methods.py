@@ -16,6 +16,7 @@ from targets.kernels.window import Window
 _TEAMS = (1, 2, 4)  # outputs that may be summed together
 _SPLITS = 6  # of a layer, that are worth a try
 _NONZERO = 2.0  # cycles of one more weight with its place, from memory
+_SHARED_BYTES = 5  # a cycle, that a core reads from another's cache
 _FAR_STORE = 6.0  # cycles of an output vector that the core's own cache does not hold
 
 
@@ -118,8 +119,9 @@ class Sparse:
         """Estimate of the kernel alone: sums, weights and their places from memory, outputs to it if they are many."""
         vectors = self.layer.outputs * self.split.made.vectors
         stores = vectors * (_FAR_STORE if 4 * self.split.lanes * vectors > CACHE_BYTES else 1.0)
-        places = self.layer.places(self.split.team)
-        return self.split.cycles(places) + places * (1 + self.split.team) / 2 * _NONZERO + stores
+        places, others = self.layer.places(self.split.team), self.device.cores - 1
+        shared = others * 4 * self.split.input_size / _SHARED_BYTES / 2  # each core reads all inputs, when all work
+        return shared + self.split.cycles(places) + places * (1 + self.split.team) / 2 * _NONZERO + stores
 
     def trial(self) -> tuple[Any, list[Array]]:
         conv, layer = self.split, self.layer

@@ -109,7 +109,8 @@ class _Costs:
         for key, name, ratio in (
             (self.keys[0], "dense", self.dense / self.sparse), (self.keys[1], "sparse", self.sparse / self.dense)
         ):
-            choices.instead[key] = f"{name}: {ratio:.2f} times as long, {how}"
+            if key:
+                choices.instead[key] = f"{name}: {ratio:.2f} times as long, {how}"
 
 
 def _weighed(found: dict[Any, tuple[SparseLayer, Any]], device: Device, choices: Choices) -> dict[Any, _Costs]:
