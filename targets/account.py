@@ -24,7 +24,7 @@ class Call(Settings):
         macs: multiply-adds that the layer takes by definition, zeros included; 0 where they are not counted.
         work: multiply-adds that this kernel does for them.
         density: share of the layer's weights that are not zero; 1 where there are none.
-        instead: of a layer that could be dense or sparse, what the other would have taken.
+        instead: of a layer that could be dense or sparse, how many times as long the other would have taken.
         bytes: of everything it reads and writes, each once.
         weight_bytes: the constants among them.
     """
@@ -66,7 +66,7 @@ def account(module: tvm.IRModule, choices: Choices) -> Kernels:
         about = dict(function.attrs or {})
         layer = str(about.get("layer", ""))
         made, arguments = call.ty_args[0], list(call.args[1].fields)
-        macs, density = next(occurrences.get(layer, iter(())), (int(about.get("macs", 0)), 1.0))
+        macs, density, instead = next(occurrences.get(layer, iter(())), (int(about.get("macs", 0)), 1.0, ""))
         weights = sum(array.nbytes for array in map(array_of, arguments) if array is not None)
         calls.append(
             Call(
@@ -77,7 +77,7 @@ def account(module: tvm.IRModule, choices: Choices) -> Kernels:
                 macs=macs,
                 work=int(about.get("work", macs)),
                 density=density,
-                instead=choices.instead.get(layer, ""),
+                instead=instead,
                 bytes=sum(_size(argument.ty) for argument in arguments) + _size(made),
                 weight_bytes=weights,
             )

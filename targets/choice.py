@@ -42,15 +42,15 @@ class Choice:
 class Choices:
     """Decides layers by `records` and remembers each decision, in order, for whoever tunes or reports.
 
-    `occurrences` holds, for each layer as often as it occurs, its multiply-adds by definition and its density;
-    `instead` says of some what another form of them would have taken.
+    `occurrences` holds, for each layer as often as it occurs, its multiply-adds by definition, its density
+    and what its other form would have taken; `instead` says the latter by layer and number of nonzero weights.
     """
 
     def __init__(self, records: Records | None = None) -> None:
         self._records = records or {}
         self.made: dict[str, Choice] = {}
-        self.instead: dict[str, str] = {}
-        self.occurrences: dict[str, list[tuple[int, float]]] = {}
+        self.instead: dict[tuple[str, int], str] = {}
+        self.occurrences: dict[str, list[tuple[int, float, str]]] = {}
 
     def best(self, layer: str, candidates: Sequence[Candidate]) -> Any:
         """The candidate with the least time for this layer."""
@@ -79,4 +79,6 @@ class Choices:
 
     def note(self, layer: str, macs: int, weights: Array) -> None:
         """Remember that the network computes this layer once more, with such weights."""
-        self.occurrences.setdefault(layer, []).append((macs, float(np.count_nonzero(weights) / max(1, weights.size))))
+        nonzeros = int(np.count_nonzero(weights))
+        instead = self.instead.get((layer, nonzeros), "")
+        self.occurrences.setdefault(layer, []).append((macs, nonzeros / max(1, weights.size), instead))

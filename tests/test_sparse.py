@@ -1,5 +1,6 @@
 """Sparse convolutions: whatever the window, the density or the neighbours, the dense answer, and no write elsewhere."""
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -278,6 +279,18 @@ def test_shifts_read_what_places_say() -> None:
     assert np.array_equal(np.where(counts, spans, 0), wanted)
     apart: Array = np.array([[0, 2, 4, 6]])
     assert shifts(apart) is None
+
+
+def test_a_layer_says_what_its_other_form_would_have_taken() -> None:
+    net = nn.Sequential(thinned(nn.Conv2d(64, 64, 3, padding=1), 0.1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1))
+    program = to_program(net, (torch.zeros(1, 64, 28, 28),), ("map",))
+    calls = json.loads(CpuTarget().plan(program, DEVICE).files["kernels.json"])["calls"]
+    told = {call["kernel"]: call for call in calls if call["layer"]}
+    sparse = told["sparse"]
+    assert re.fullmatch(r"dense [1-9]\.\d\dx \(estimated\)", sparse["instead"])
+    assert sparse["macs"] == 64 * 64 * 9 * 28 * 28
+    assert 0.05 < sparse["density"] < 0.15 and sparse["work"] == pytest.approx(sparse["density"] * sparse["macs"])
+    assert [call["instead"] for name, call in told.items() if name != "sparse"] == [""]
 
 
 # Nothing is written beyond a kernel's own buffer, and no input is changed

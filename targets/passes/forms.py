@@ -101,6 +101,7 @@ class _Costs:
     sparse: float
     dense: float
     keys: tuple[str, str]
+    nonzeros: int
     measured: bool
 
     def tell(self, choices: Choices) -> None:
@@ -110,7 +111,7 @@ class _Costs:
             (self.keys[0], "dense", self.dense / self.sparse), (self.keys[1], "sparse", self.sparse / self.dense)
         ):
             if key:
-                choices.instead[key] = f"{name}: {ratio:.2f} times as long, {how}"
+                choices.instead[key, self.nonzeros] = f"{name} {ratio:.2f}x ({how})"
 
 
 def _weighed(found: dict[Any, tuple[SparseLayer, Any]], device: Device, choices: Choices) -> dict[Any, _Costs]:
@@ -130,7 +131,7 @@ def _weighed(found: dict[Any, tuple[SparseLayer, Any]], device: Device, choices:
             reach = layer.window.reach(regions.rows, 0) * layer.window.reach(regions.columns, 1)
             sparse += layer.inputs * reach * _GATHER + _CALL
         plain = choices.cycles(other_key, measured) if other is not None else _grouped_cycles(layer, device)
-        costs[var] = _Costs(sparse, plain + _CALL, (layer.key, other_key), measured)
+        costs[var] = _Costs(sparse, plain + _CALL, (layer.key, other_key), layer.nonzeros, measured)
     return costs
 
 
