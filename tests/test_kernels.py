@@ -115,6 +115,32 @@ def test_every_method_of_a_dense_convolution(
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6 * np.sqrt(9 * inputs) * max(1, np.abs(wanted).max()))
 
 
+def test_what_is_added_may_be_a_sum_itself() -> None:
+    """A sum of two values that only an epilogue reads is fused into the kernel, beside its anchor."""
+    shape, flat = (1, 16, 12, 13), (2, 78, 16)
+    nodes = [
+        helper.make_node("Conv", ["x", "v"], ["d"]),
+        helper.make_node("Conv", ["d", "w"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("Reshape", ["m", "shape"], ["z"]),
+        helper.make_node("Add", ["d", "z"], ["s"]),
+        helper.make_node("Add", ["c", "s"], ["picture"]),
+        helper.make_node("MatMul", ["m", "g"], ["t"]),
+        helper.make_node("Softmax", ["t"], ["r"]),
+        helper.make_node("Add", ["t", "m"], ["u"]),
+        helper.make_node("Add", ["r", "u"], ["rows"]),
+        helper.make_node("MatMul", ["t", "g"], ["e"]),
+        helper.make_node("Mul", ["t", "k"], ["f"]),
+        helper.make_node("Add", ["e", "f"], ["dense"]),
+    ]
+    weights = {
+        "w": networks.example(16, 16, 3, 3), "v": networks.example(16, 16, 1, 1, seed=1),
+        "k": networks.example(*flat, seed=2), "g": networks.example(16, 16, seed=3), "shape": np.array(shape, np.int64),
+    }
+    outputs = {"picture": shape, "rows": flat, "dense": flat}
+    program = networks.node_program(nodes, {"x": shape, "m": flat}, outputs, weights)
+    check(program, networks.host_bits(), 2, networks.example(*shape, seed=4), networks.example(*flat, seed=5))
+
+
 def test_a_large_plane_of_many_channels_is_convolved_by_winograd() -> None:
     layer = ConvolutionLayer(
         (1, 4, 56, 56, 16), (4, 4, 3, 3, 16, 16), Window((3, 3), padding=(1, 1, 1, 1)), 56, 56

@@ -1,5 +1,6 @@
 """What follows a kernel's anchor in its function: bias, activation, residual sum, the crop of a tile's waste."""
 
+from collections.abc import Collection
 from typing import Any
 
 from tvm import s_tir
@@ -16,8 +17,15 @@ def gather_epilogue(s: s_tir.Schedule, anchor: Any, scope: str = "local") -> Any
     while inner := [block for block in following if s.get_consumers(block)]:
         s.compute_inline(inner[0])
         following = s.get_consumers(anchor)
+    inline_beside(s, following[0], {str(s.get(anchor).name_hint)})
     s.set_scope(anchor, 0, scope)
     return following[0]
+
+
+def inline_beside(s: s_tir.Schedule, final: Any, own: Collection[str]) -> None:
+    """Inline what else the last block reads, such as a residual that is a sum; `own` names the kernel's own blocks."""
+    while others := [block for block in s.get_producers(final) if s.get(block).name_hint not in own]:
+        s.compute_inline(others[0])
 
 
 def pull_padding(s: s_tir.Schedule, anchor: Any, loop: Any) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from tvm import s_tir, te, tirx
 
+from targets.kernels.epilogue import inline_beside
+
 _WORTH_A_TASK = 8192  # values; fewer are not worth waking another core
 
 def softmax(x_RN: te.Tensor, lanes: int) -> te.Tensor:
@@ -49,10 +51,12 @@ def layer_norm(x_RN: te.Tensor, scale_N: te.Tensor, shift_N: te.Tensor, epsilon:
 
 def schedule_rows(s: s_tir.Schedule, anchor: Any) -> None:
     """Everything of a row is computed in the task of the row, as vectors; the last one is partly beyond it."""
+    own = {str(s.get(block).name_hint) for block in [anchor, *_before(s, anchor)]}
     final = anchor
     while consumers := s.get_consumers(final):
         s.compute_inline(final)
         [final] = consumers
+    inline_beside(s, final, own)
     row, n = s.get_loops(final)
     width = int(s.get(n).extent)
     lanes, partial = 1, []

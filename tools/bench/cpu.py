@@ -4,7 +4,8 @@
 
 A row's value is how many times faster the artifact is than the peer: the median over rounds of the ratio of the two
 engines' medians within a round. Dense artifacts stand beside the faster of ONNX Runtime and OpenVINO (where that is
-installed: pip install openvino), sparse and pruned ones beside dense ONNX Runtime and beside our own dense build.
+installed: pip install openvino), sparse and pruned ones beside dense ONNX Runtime and beside our own dense build;
+eager PyTorch and, once, TVM's own kernels on one thread are there for the record.
 """
 
 import math
@@ -37,6 +38,7 @@ from examples.scenes.network import SceneNet  # noqa: E402
 from profiles.device import load as load_device  # noqa: E402
 from targets.base import Array, Program  # noqa: E402
 from targets.cpu import CpuTarget  # noqa: E402
+from targets.lower import reference  # noqa: E402
 
 Engine = Callable[[Array], object]
 
@@ -52,6 +54,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, .
 }
 DENSITIES = (0.2, 0.1, 0.05)
 OVERALL = {"dense": 1.0}
+RECORD = "for the record"
 GOALS = {
     ("dense", "resnet"): 1.15, ("20 % left", "resnet"): 2.2, ("10 % left", "resnet"): 4.0, ("5 % left", "resnet"): 6.0,
     ("10 % left", "mobilenet"): 2.5,
@@ -102,6 +105,25 @@ def openvino(program: Program, threads: int) -> Engine | None:
     request = core.compile_model(core.read_model(program.model.SerializeToString()), "CPU", settings)
     request = request.create_infer_request()
     return lambda x: request.infer([x])
+
+
+def eager(module: nn.Module, threads: int) -> Engine:
+    """PyTorch as it is written."""
+    def run(x: Array) -> object:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            return module(torch.from_numpy(x))
+
+    return run
+
+
+def default_pipeline(program: Program, x: Array) -> float:
+    """Seconds of TVM's own kernels for the same graph, seen once, for the record."""
+    run = reference(program)
+    run(x)
+    begun = time.perf_counter()
+    run(x)
+    return time.perf_counter() - begun
 
 
 def latencies(engines: dict[str, Engine], x: Array, rounds: int, calls: int) -> dict[str, list[float]]:
@@ -162,12 +184,16 @@ def network_rows(name: str, folder: Path, rounds: int) -> list[Row]:
     steady = statistics.median(latencies({"dense": runner}, x, 3, calls=5)["dense"])
     rows.append(Row("load seconds", name, "", 1, statistics.median(loads), 0.2, most=True))
     rows.append(Row("first inference", name, "steady", 1, first / steady, 3.0, most=True))
+    plain = default_pipeline(programs["dense"], x) / steady
+    rows.append(Row(RECORD, name, "TVM's own", 1, plain, None, most=False))
     for threads in (1, 2):
         engines: dict[str, Engine] = {v: target.load(artifact, threads) for v, artifact in artifacts.items()}
         peers = {"ONNX Runtime": onnxruntime(programs["dense"], threads)}
         if (other := openvino(programs["dense"], threads)) is not None:
             peers["OpenVINO"] = other
-        seen = latencies(engines | peers, x, rounds, calls=5)
+        seen = latencies(engines | peers | {"PyTorch": eager(modules["dense"], threads)}, x, rounds, calls=5)
+        slower = times_faster(seen["dense"], seen["PyTorch"])
+        rows.append(Row(RECORD, name, "PyTorch", threads, slower, None, most=False))
         told = ", ".join(f"{engine} {statistics.median(times) * 1e3:.3f}" for engine, times in seen.items())
         print(f"{name}, {threads} threads, ms: {told}", file=sys.stderr, flush=True)
         best = min(peers, key=lambda peer: statistics.median(seen[peer]))
