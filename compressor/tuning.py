@@ -75,7 +75,8 @@ def _measured(
     tuned = {}
     for plan in plans:
         for layer, choice in choices_of(plan).made.items():
-            if times := found.get(layer):
+            names = {candidate.name for candidate in choice.candidates}  # an older version's may be in the records
+            if times := {name: time for name, time in found.get(layer, {}).items() if name in names}:
                 untuned = min(choice.candidates, key=lambda c: c.cycles).name
                 fastest = min(times, key=lambda name: times[name])
                 tuned[layer] = Tuned(layer, untuned, times.get(untuned), fastest, times[fastest])

@@ -31,7 +31,7 @@ class Candidate(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How one layer was decided: names and seconds are empty where nothing was measured."""
+    """How one layer was decided; `seconds`, by candidate, is empty where nothing was measured."""
 
     layer: str
     picked: Candidate

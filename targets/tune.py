@@ -107,10 +107,9 @@ def _in_order(plans: Sequence[BuildPlan]) -> Iterator[tuple[str, Candidate, Devi
         choices = choices_of(plan)
         for layer, choice in choices.made.items():
             unknown = [c for c in choice.candidates if c.name not in choice.seconds]
-            if len(choice.candidates) > 1:
-                waiting[layer] = sorted(unknown, key=lambda c: c.cycles)
-                uses = len(choices.occurrences.get(layer, [None]))
-                cost[layer] = cost.get(layer, 0) + uses * choice.picked.cycles
+            waiting[layer] = sorted(unknown, key=lambda c: c.cycles)  # one alone too: its other form may be faster
+            uses = len(choices.occurrences.get(layer, [None]))
+            cost[layer] = cost.get(layer, 0) + uses * choice.picked.cycles
     order = sorted(waiting, key=lambda layer: -cost[layer])
     for turn in range(max(map(len, waiting.values()), default=0)):
         for layer in order:

@@ -49,7 +49,7 @@ class SparseLayer:
 
     @property
     def key(self) -> str:
-        """What reports know it by; the density is rounded, as times depend little on which weights are zero."""
+        """What records know it by; the density is rounded, as times depend little on which weights are zero."""
         def text(sizes: tuple[int, ...]) -> str:
             return "x".join(map(str, sizes))
 
