@@ -24,8 +24,8 @@ def main(first: int = 0, count: int = 250) -> int:
     for seed in range(first, first + count):
         try:
             text = differs(seed)
-        except Exception as error:  # noqa: BLE001  whatever a network provokes is a finding, and the next one may provoke more
-            text = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:300]}"
+        except Exception as error:  # noqa: BLE001  whatever a network provokes is a finding; the next may provoke more
+            text = f"{type(error).__name__}: {str(error).strip()[-300:]}"
         if text:
             wrong += 1
             print(f"seed {seed}: {text}", flush=True)
