@@ -84,35 +84,40 @@ def test_convolution_of_any_geometry(
 
 
 @compiled
-@given(st.integers(1, 2), CHANNELS, CHANNELS, st.integers(2, 19), st.integers(2, 19), st.data())
+@given(st.integers(1, 2), CHANNELS, CHANNELS, st.integers(2, 23), st.integers(2, 23), st.data())
 def test_every_method_of_a_dense_convolution(
     n: int, inputs: int, outputs: int, h: int, w: int, data: st.DataObject
 ) -> None:
-    """Against float64; whichever method and tile a record may pick."""
-    bits, padding = data.draw(BITS), data.draw(st.integers(0, 2))
-    window, lanes = Window((3, 3), (1, 1), (padding, padding, min(padding, 1), padding)), bits // 32
+    """Against float64; whichever method and tile a record may pick, blocked or planar input."""
+    bits, kernel, stride = data.draw(BITS), data.draw(st.integers(2, 7)), data.draw(st.sampled_from([1, 2, 3]))
+    padding, lanes = data.draw(st.integers(0, kernel // 2)), bits // 32
+    window = Window((kernel, kernel), (stride, stride), (padding, padding, min(padding, 1), padding))
     height, width = output_size(window, (h, w))
     assume(min(height, width) > 0)
     device = networks.cpu_device(bits=bits, cores=data.draw(st.sampled_from([1, 2])))
-    given_, made = Channels((inputs,), lanes), Channels((outputs,), lanes)
-    layer = ConvolutionLayer(
-        (n, given_.blocks, h, w, lanes), (made.blocks, given_.blocks, 3, 3, lanes, lanes), window, height, width
-    )
+    planar = inputs < lanes and data.draw(st.booleans())
+    given_, made = Channels((inputs,), 1 if planar else lanes), Channels((outputs,), lanes)
+    source = (n, inputs, h, w) if planar else (n, given_.blocks, h, w, lanes)
+    shape = (made.blocks, given_.blocks, kernel, kernel, given_.lanes, lanes)
+    layer = ConvolutionLayer(source, shape, window, height, width)
     methods = layer.candidates(device)
     winograd = [method for method in methods if isinstance(method, Winograd)]
-    assert bool(winograd) == (min(height, width) >= 2)
+    assert winograd or min(height, width) < 5 or kernel > 5 * stride or kernel <= stride
     method = data.draw(st.sampled_from(winograd or methods))
-    x, weights = networks.example(n, inputs, h, w), networks.example(outputs, inputs, 3, 3, seed=1)
+    x, weights = networks.example(n, inputs, h, w), networks.example(outputs, inputs, kernel, kernel, seed=1)
     run, (_, _, y) = kernel_of(method, device)
-    packed, blocked = method.pack(pack_convolution(weights, given_, made)), np.moveaxis(given_.pack(x, 1), 2, -1)
-    tensors = [tvm.runtime.tensor(array.copy()) for array in (blocked, packed, np.full_like(y, np.nan))]
+    packed = method.pack(pack_convolution(weights, given_, made))
+    tensors = [tvm.runtime.tensor(array.copy()) for array in (
+        x if planar else np.moveaxis(given_.pack(x, 1), 2, -1), packed, np.full_like(y, np.nan)
+    )]
     run(*tensors)
     found = np.moveaxis(tensors[2].numpy(), -1, 2).reshape(n, -1, height, width)[:, :outputs]
     wanted = torch.nn.functional.conv2d(
         torch.nn.functional.pad(torch.tensor(x, dtype=torch.float64), (padding, padding, padding, window.padding[2])),
-        torch.tensor(weights, dtype=torch.float64),
+        torch.tensor(weights, dtype=torch.float64), stride=stride,
     ).numpy()
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6 * np.sqrt(9 * inputs) * max(1, np.abs(wanted).max()))
+    scale = kernel * np.sqrt(inputs) * max(1, np.abs(wanted).max())
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6 * scale)
 
 
 def test_what_is_added_may_be_a_sum_itself() -> None:
@@ -141,13 +146,19 @@ def test_what_is_added_may_be_a_sum_itself() -> None:
     check(program, networks.host_bits(), 2, networks.example(*shape, seed=4), networks.example(*flat, seed=5))
 
 
-def test_a_large_plane_of_many_channels_is_convolved_by_winograd() -> None:
-    layer = ConvolutionLayer(
-        (1, 4, 56, 56, 16), (4, 4, 3, 3, 16, 16), Window((3, 3), padding=(1, 1, 1, 1)), 56, 56
-    )
-    assert min(layer.candidates(networks.cpu_device()), key=lambda one: one.cycles).name.startswith("winograd 4")
-    strided = replace(layer, window=Window((3, 3), (2, 2), (1, 1, 1, 1)), height=28, width=28)
-    assert all(one.name.startswith("direct") for one in strided.candidates(networks.cpu_device()))
+@pytest.mark.parametrize(("source", "weights", "window", "size", "picked"), [
+    ((1, 4, 56, 56, 16), (4, 4, 3, 3, 16, 16), Window((3, 3), padding=(1, 1, 1, 1)), 56, "winograd 4"),
+    ((1, 4, 56, 56, 16), (4, 4, 5, 5, 16, 16), Window((5, 5), padding=(2, 2, 2, 2)), 56, "winograd 2"),
+    ((1, 3, 224, 224), (4, 3, 7, 7, 1, 16), Window((7, 7), (2, 2), (3, 3, 3, 3)), 112, "winograd 3"),
+    ((1, 3, 224, 224), (2, 3, 3, 3, 1, 16), Window((3, 3), (2, 2), (1, 1, 1, 1)), 112, "direct"),
+    ((1, 4, 56, 56, 16), (4, 4, 3, 3, 16, 16), Window((3, 3), (2, 2), (1, 1, 1, 1)), 28, "direct"),
+    ((1, 4, 56, 56, 16), (4, 4, 3, 3, 16, 16), Window((3, 3), (1, 1), (2, 2, 2, 2), (2, 2)), 56, "direct"),
+])
+def test_untuned_winograd_is_taken_where_it_saves_much(
+    source: tuple[int, ...], weights: tuple[int, ...], window: Window, size: int, picked: str
+) -> None:
+    candidates = ConvolutionLayer(source, weights, window, size, size).candidates(networks.cpu_device())
+    assert min(candidates, key=lambda one: one.cycles).name.startswith(picked)
 
 
 @compiled

@@ -28,7 +28,7 @@ def inline_beside(s: s_tir.Schedule, final: Any, own: Collection[str]) -> None:
         s.compute_inline(others[0])
 
 
-def pull_padding(s: s_tir.Schedule, anchor: Any, loop: Any) -> None:
+def pull_padding(s: s_tir.Schedule, anchor: Any, loop: Any, planar: bool = False) -> None:
     """Compute the anchor's padded input inside `loop`, as much of it as one turn reads; blocked input lane-wise.
 
     Rows and columns are split where the border ends, so that the inside is copied without asking.
@@ -39,7 +39,7 @@ def pull_padding(s: s_tir.Schedule, anchor: Any, loop: Any) -> None:
         for axis in (rows, columns):
             s.annotate(axis, "pragma_loop_partition_hint", True)
         for loop_ in lane:
-            s.vectorize(loop_)
+            (s.unroll if planar else s.vectorize)(loop_)
 
 
 def store_by_vectors(s: s_tir.Schedule, final: Any, unrolled: int) -> None:

@@ -11,12 +11,14 @@ from tvm import te
 from profiles.device import Device
 from targets.base import Array
 from targets.kernels.convolution import convolution
+from targets.kernels.phases import phase_blocks, phase_weights, phase_window
 from targets.kernels.tile import CACHE_BYTES, Tile, convolution_tiles, divisors, product_cycles, with_tasks
 from targets.kernels.window import Window
-from targets.kernels.winograd import KERNEL, TRANSFORMS, tiles_of, winograd, winograd_weights
+from targets.kernels.winograd import Transforms, tiles_of, transforms_for, winograd, winograd_weights
 
 _TILES = 8  # register tiles of each method that are worth a try
 _MEMORY_BYTES = 3.5  # a cycle, of weights that come from beyond the core's own cache, as each inference's do
+_GATHER = 1.5  # cycles of a value of planar input that is put into its lane
 _TRANSFORM = 1.6  # a transform's cycles beside its additions at two a cycle: loads, stores, too few registers
 
 
@@ -59,20 +61,25 @@ class ConvolutionLayer:
     def candidates(self, device: Device) -> "list[Direct | Winograd]":
         """Every method and tile worth a try."""
         found: list[Direct | Winograd] = [Direct(self, tile) for tile in self._direct_tiles(device)]
-        plain = self.window.kernel == (KERNEL, KERNEL) and set(self.window.strides + self.window.dilation) == {1}
-        if plain and len(self.source) == 5 and self.blocks_per_group == self.weights[0]:
-            for outputs in TRANSFORMS:
-                if min(self.height, self.width) >= outputs:
-                    tiles = self._winograd_tiles(device, outputs)
-                    found += [Winograd(self, outputs, tile, device.cores) for tile in tiles]
+        window, grouped = self.window, self.blocks_per_group != self.weights[0]
+        [taps, *others] = set(phase_window(window).kernel)
+        if others or grouped or len(set(window.strides)) > 1 or max(window.dilation) > 1:
+            return found
+        for transforms in transforms_for(taps):
+            if min(self.height, self.width) >= transforms.outputs:
+                tiles = self._winograd_tiles(device, transforms)
+                found += [Winograd(self, transforms, tile, device.cores) for tile in tiles]
         return found
 
     def _direct_tiles(self, device: Device) -> Iterator[Tile]:
-        for tile in convolution_tiles(device, self.blocks_per_group, self.height, self.width)[:_TILES]:
+        tiles = convolution_tiles(device, self.blocks_per_group, self.height, self.width)
+        if len(self.source) == 4:  # kernel columns are unrolled, and the pixels that they share stay in registers too
+            tiles = [tile for tile in tiles if tile.registers + tile.rows * tile.columns <= device.vector_registers]
+        for tile in tiles[:_TILES]:
             yield with_tasks(tile, device, self.weights[0], self.height, self.source[0], 4 * prod(self.weights))
 
-    def _winograd_tiles(self, device: Device, outputs: int) -> Iterator[Tile]:
-        down, across = ceil(self.height / outputs), ceil(self.width / outputs)
+    def _winograd_tiles(self, device: Device, transforms: Transforms) -> Iterator[Tile]:
+        down, across = ceil(self.height / transforms.outputs), ceil(self.width / transforms.outputs)
         for tile in convolution_tiles(device, self.weights[0], down, across)[:_TILES]:
             rows = ceil(down / tile.rows)
             tasks = [
@@ -80,7 +87,7 @@ class ConvolutionLayer:
                 for chunk in divisors(rows) for shares in divisors(self.weights[0] // tile.blocks)
                 if shares <= device.cores
             ]
-            yield from sorted(tasks, key=lambda one: Winograd(self, outputs, one, device.cores).cycles)[:3]
+            yield from sorted(tasks, key=lambda one: Winograd(self, transforms, one, device.cores).cycles)[:3]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,31 +121,41 @@ class Direct:
         return _trial(self.layer, self.kernel, self.layer.weights)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Winograd:
-    """F(m x m, 3 x 3)."""
+    """F(m x m, r x r), over the phases of the input where there is a stride."""
 
     layer: ConvolutionLayer
-    outputs: int
+    transforms: Transforms
     tile: Tile
     cores: int
 
     @property
     def name(self) -> str:
-        return f"winograd {self.outputs} {self.tile}"
+        return f"winograd {self.transforms.outputs} {self.tile}"
+
+    @property
+    def _packed(self) -> tuple[int, ...]:
+        """Shape of transformed weights, (tile rows, tile columns, O, I, lanes of I, lanes)."""
+        layer, size = self.layer, self.transforms.size
+        outputs, lanes = layer.weights[0], layer.weights[5]
+        return (size, size, outputs, *phase_blocks(layer.source, layer.window, lanes), lanes)
 
     @property
     def cycles(self) -> float:
-        layer, tile, transforms = self.layer, self.tile, TRANSFORMS[self.outputs]
-        down, across = tiles_of(self.outputs, layer.height, layer.width, tile)
-        blocks, in_blocks, in_channels = layer.weights[0], layer.weights[1], layer.weights[1] * layer.weights[4]
-        size, tasks = transforms.size, layer.source[0] * down // (tile.rows * tile.chunk) * tile.shares
+        layer, tile, transforms = self.layer, self.tile, self.transforms
+        down, across = tiles_of(transforms.outputs, layer.height, layer.width, tile)
+        size, _, blocks, in_blocks, in_lanes, lanes = self._packed
+        in_channels = in_blocks * in_lanes
+        tasks = layer.source[0] * down // (tile.rows * tile.chunk) * tile.shares
         products = size**2 * in_channels * product_cycles(tile, blocks, down, across)
         inputs = tile.shares * in_blocks * 2 * size * np.count_nonzero(transforms.of_inputs)
-        sums = blocks * (size + self.outputs) * np.count_nonzero(transforms.of_sums)
+        sums = blocks * (size + transforms.outputs) * np.count_nonzero(transforms.of_sums)
         arithmetic = layer.source[0] * (products + down * across * (inputs + sums) / 2 * _TRANSFORM)
-        weight_bytes = 4 * size**2 * prod(layer.weights[:2]) * layer.weights[4] * layer.weights[5]
-        between = 4 * size**2 * (in_channels + blocks * layer.weights[5] // tile.shares) * down * across
+        if len(layer.source) == 4:
+            arithmetic += layer.source[0] * down * across * transforms.outputs**2 * in_channels * tile.shares * _GATHER
+        weight_bytes = 4 * prod(self._packed)
+        between = 4 * size**2 * (in_blocks + blocks // tile.shares) * lanes * down * across
         each = between / (down // (tile.rows * tile.chunk))
         pace = 24 if each > 2 * CACHE_BYTES else 48 if each > CACHE_BYTES // 2 else 128
         memory = _weight_cycles(weight_bytes, tasks // tile.shares) + layer.source[0] * 2 * between * tile.shares / pace
@@ -148,19 +165,19 @@ class Winograd:
 
     def pack(self, weights_OIHWLL: Array) -> Array:
         """Weights as the kernel reads them."""
-        return winograd_weights(weights_OIHWLL, self.outputs)
+        return winograd_weights(
+            phase_weights(weights_OIHWLL, self.layer.window, *self._packed[3:5]), self.transforms
+        )
 
     def kernel(self, x: te.Tensor, weights: te.Tensor) -> te.Tensor:
         """The convolution, for packed weights."""
         layer = self.layer
-        tiles = prod(tiles_of(self.outputs, layer.height, layer.width, self.tile))
-        work = layer.macs * TRANSFORMS[self.outputs].size ** 2 * tiles // (KERNEL**2 * layer.height * layer.width)
-        about = _about(layer, f"winograd {self.outputs}", work)
-        return winograd(x, weights, self.outputs, layer.window, layer.height, layer.width, self.tile, about)
+        tiles = prod(tiles_of(self.transforms.outputs, layer.height, layer.width, self.tile))
+        about = _about(layer, f"winograd {self.transforms.outputs}", layer.source[0] * tiles * prod(self._packed))
+        return winograd(x, weights, self.transforms, layer.window, layer.height, layer.width, self.tile, about)
 
     def trial(self) -> tuple[Any, list[Array]]:
-        size, shape = TRANSFORMS[self.outputs].size, self.layer.weights
-        return _trial(self.layer, self.kernel, (size, size, *shape[:2], *shape[4:]))
+        return _trial(self.layer, self.kernel, self._packed)
 
 
 def _weight_cycles(weight_bytes: int, reads: int) -> float:

@@ -31,6 +31,11 @@ class Tile:
         """The tile that a kernel's anchor carries."""
         return cls(*(int(size) for size in annotations["tile"]))
 
+    @property
+    def registers(self) -> int:
+        """For sums, and for a weight of each channel block."""
+        return self.blocks * self.rows * self.columns + self.blocks
+
     def annotations(self, kernel: str) -> dict[str, Any]:
         """What tells the scheduling pass that a computation is the anchor of such a kernel, and its tile."""
         return {"kernel": kernel, "tile": list(astuple(self))}
@@ -106,8 +111,9 @@ def _tiles(device: Device, blocks: int, height: int, width: int, most_blocks: in
     for group in (size for size in divisors(blocks) if size <= most_blocks):
         for rows in range(1, min(height, 4) + 1):
             for columns in range(1, width + 1):
-                if group * rows * columns + group + 1 <= device.vector_registers:
-                    yield Tile(group, rows, columns)
+                tile = Tile(group, rows, columns)
+                if tile.registers < device.vector_registers:
+                    yield tile
 
 
 def divisors(number: int) -> list[int]:

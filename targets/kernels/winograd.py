@@ -1,8 +1,9 @@
-"""Winograd convolution, 3x3 and stride 1, in blocked layout: fewer multiplications for a few more additions.
+"""Winograd convolution in blocked layout: fewer multiplications for a few more additions.
 
-A tile of m x m outputs takes (m + 2)^2 products a pair of channels instead of 9 m^2. Source: Lavin and Gray, "Fast
-Algorithms for Convolutional Neural Networks", CVPR 2016. An input that is not finite makes whole tiles NaN, where the
-definition makes single outputs NaN or infinite.
+A tile of m x m outputs of an r x r kernel takes (m + r - 1)^2 products a pair of channels instead of r^2 m^2. Source:
+Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016. A strided convolution is one over the
+phases of its input. An input that is not finite makes whole tiles NaN, where the definition makes single outputs NaN or
+infinite.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,17 +16,17 @@ from tvm import s_tir, te, tirx
 
 from targets.base import Array
 from targets.kernels.epilogue import gather_epilogue, pull_padding, store_by_vectors
+from targets.kernels.phases import padded_phases
 from targets.kernels.tile import Tile
-from targets.kernels.window import Window, padded_input
-
-KERNEL = 3
+from targets.kernels.window import Window
 
 
 @dataclass(frozen=True, slots=True)
 class Transforms:
-    """The matrices of F(m x m, 3 x 3), all acting on columns: of inputs, of weights and of sums."""
+    """The matrices of F(m x m, r x r), all acting on columns: of inputs, of weights and of sums."""
 
     outputs: int
+    kernel: int
     of_inputs: Array
     of_weights: Array
     of_sums: Array
@@ -33,62 +34,64 @@ class Transforms:
     @property
     def size(self) -> int:
         """Rows and columns of a tile of inputs."""
-        return self.outputs + KERNEL - 1
+        return self.outputs + self.kernel - 1
 
 
-def transforms(points: Sequence[float]) -> Transforms:
+def transforms(kernel: int, points: Sequence[float]) -> Transforms:
     """Cook's and Toom's construction: polynomials are multiplied at `points` and at infinity."""
-    count = len(points)
+    count, outputs = len(points), len(points) + 2 - kernel
     inverse = [prod(point - other for other in points if other != point) for point in points]
-    infinity = np.zeros((1, KERNEL))
+    infinity = np.zeros((1, kernel))
     infinity[0, -1] = 1
-    of_weights = np.vander(points, KERNEL, increasing=True) / np.array(inverse)[:, None]
-    of_sums = np.vander([*points], count - KERNEL + 2, increasing=True).T
+    of_weights = np.vander(points, kernel, increasing=True) / np.array(inverse)[:, None]
+    of_sums = np.vander([*points], outputs, increasing=True).T
     of_sums = np.hstack([of_sums, np.eye(len(of_sums))[:, -1:]])
     rows = [np.poly([other for other in points if other != point])[::-1] for point in points]
     of_inputs = np.zeros((count + 1, count + 1))
     for index, row in enumerate([*rows, np.poly(points)[::-1]]):
         of_inputs[index, : len(row)] = row
-    return Transforms(count - KERNEL + 2, of_inputs, np.vstack([of_weights, infinity]), of_sums)
+    return Transforms(outputs, kernel, of_inputs, np.vstack([of_weights, infinity]), of_sums)
 
 
-# F(2) needs no multiplications; these points of F(4) keep rounding errors 2.5 times smaller than 0, 1, -1, 2, -2.
-TRANSFORMS = {2: transforms((0.0, 1.0, -1.0)), 4: transforms((0.0, 0.75, -0.75, 1.5, -1.5))}
+# The first need no multiplications; the others keep rounding errors 2.5 times smaller than 0, 1, -1, 2, -2 would.
+_POINTS = (0.0, 1.0, -1.0), (0.0, 0.75, -0.75, 1.5, -1.5)
 
 
-def winograd_weights(packed: Array, outputs: int) -> Array:
-    """Weights (O, I, 3, 3, i, o) packed in blocks as (tile row, tile column, O, I, i, o)."""
-    transform = TRANSFORMS[outputs].of_weights
+def transforms_for(kernel: int) -> tuple[Transforms, ...]:
+    """What is at hand for a kernel of such a size, of tiles of at least 2 x 2 outputs."""
+    return tuple(transforms(kernel, points) for points in _POINTS if 2 <= kernel <= len(points))
+
+
+def winograd_weights(packed: Array, transforms: Transforms) -> Array:
+    """Weights (O, I, r, r, i, o) packed in blocks as (tile row, tile column, O, I, i, o)."""
+    transform = transforms.of_weights
     made = np.einsum("ah,oihwxy,bw->aboixy", transform, packed.astype(np.float64), transform, optimize=True)
     return np.ascontiguousarray(made, np.float32)
 
 
 def winograd(
-    x: te.Tensor, u_AAOILL: te.Tensor, outputs: int, window: Window, height: int, width: int, tile: Tile,
+    x: te.Tensor, u_AAOILL: te.Tensor, matrices: Transforms, window: Window, height: int, width: int, tile: Tile,
     about: Mapping[str, Any],
 ) -> te.Tensor:
-    """Output (N, O, height, width, L) of blocked `x` and transformed weights.
+    """Output (N, O, height, width, L) of blocked or planar `x` and transformed weights over its phases.
 
     Args:
-        outputs: m; tiles are m x m outputs.
         tile: sums of `rows` x `columns` tiles of `blocks` channel blocks in registers.
         about: goes onto the kernel's anchor.
     """
     size, _, blocks, in_blocks, in_lanes, lanes = (int(extent) for extent in u_AAOILL.shape)
-    matrices = TRANSFORMS[outputs]
-    images = int(x.shape[0])
-    down, across = tiles_of(outputs, height, width, tile)
-    padded = padded_input(x, window, down * outputs, across * outputs, 0.0)
-    a = outputs
+    images, a = int(x.shape[0]), matrices.outputs
+    down, across = tiles_of(a, height, width, tile)
+    padded = padded_phases(x, window, down * a, across * a, lanes)
     by_rows = te.compute(
-        (images, in_blocks, down, across, size, size, in_lanes),
+        (images, in_blocks, down, across, size, size, lanes),
         lambda n, i, y, z, r, c, lane: _combined(
             matrices.of_inputs, r, lambda k: padded(n, i, y * a + k, z * a + c, lane)
         ),
         name="input_rows",
     )
     spread = te.compute(
-        (images, size, size, in_blocks, down, across, in_lanes),
+        (images, size, size, in_blocks, down, across, lanes),
         lambda n, r, c, i, y, z, lane: _combined(matrices.of_inputs, c, lambda k: by_rows(n, i, y, z, r, k, lane)),
         name="spread",
     )
@@ -99,19 +102,19 @@ def winograd(
         name="sums",
     )
     sum_rows = te.compute(
-        (images, blocks, down, across, outputs, size, lanes),
+        (images, blocks, down, across, a, size, lanes),
         lambda n, o, y, z, r, c, lane: _combined(matrices.of_sums, r, lambda k: sums(n, k, c, o, y, z, lane)),
         name="sum_rows",
     )
     whole = te.compute(
-        (images, blocks, down * outputs, across * outputs, lanes),
+        (images, blocks, down * a, across * a, lanes),
         lambda n, o, h, w, lane: _combined(
             matrices.of_sums, w % a, lambda k: sum_rows(n, o, h // a, w // a, h % a, k, lane)
         ),
         name="winograd",
-        attrs={**tile.annotations("winograd"), "outputs": outputs, **about},
+        attrs={**tile.annotations("winograd"), "outputs": a, "planar": len(x.shape) == 4, **about},
     )
-    if (down * outputs, across * outputs) == (height, width):
+    if (down * a, across * a) == (height, width):
         return whole
     return te.compute((images, blocks, height, width, lanes), lambda *at: whole(*at), name="crop")
 
@@ -147,7 +150,7 @@ def schedule_winograd(s: s_tir.Schedule, anchor: Any) -> None:
     s.reorder(i, y, z, r, c, il)
     s.compute_at(input_rows, z, preserve_unit_loops=True)
     s.set_scope(input_rows, 0, "local")
-    pull_padding(s, input_rows, task)
+    pull_padding(s, input_rows, task, planar=bool(annotations["planar"]))
     s.parallel(task)
     for block, count in ((input_rows, 2), (spread, 2), (sum_rows, 2)):
         store_by_vectors(s, block, unrolled=count)
