@@ -1,6 +1,5 @@
 """Kernels over odd shapes against ONNX Runtime, and the cost rule that picks their tiles."""
 
-from dataclasses import replace
 from math import ceil, erf, floor
 
 import networks

@@ -12,7 +12,7 @@ import pytest
 import torch
 import tvm
 from hypothesis import example as example_of
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from networks import answers, cpu_device, example, host_bits, run_built, settle, to_program
 from torch import Tensor, nn
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from profiles.device import Device
 from targets.base import Array, Program
 from targets.cpu import CpuTarget
-from targets.kernels.moves import group_blocks, regroup, ungroup, ungroup_blocks
+from targets.kernels.moves import group_blocks, regroup, ungroup, ungroup_blocks, unblock_squares
 from targets.kernels.regions import Layout, Regions, shifts
 from targets.kernels.sparse import SparseConvolution
 from targets.kernels.sparse_methods import SparseLayer
 from targets.kernels.window import Window
+from targets.passes.channels import Channels
 from targets.passes.forms import convolutions
 
 SPARSE = import_module("targets.passes.sparse")  # the package has a function of that name
@@ -341,6 +342,19 @@ def test_values_come_back_from_regions_and_nothing_else_is_touched(
     own = np.where((rows < size[0]) & (columns < size[1]), rows * size[1] + columns, -1).astype(np.int32)
     back = guarded(ungroup_blocks(layout, channels), [flat, own.reshape(-1)], blocked.shape)
     assert np.array_equal(back, blocked)
+
+
+@given(
+    images=st.integers(1, 2), segments=st.lists(st.integers(1, 35), min_size=1, max_size=3),
+    size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+)  # fmt: skip
+@settings(max_examples=8, deadline=None, derandomize=True)
+def test_blocks_become_planes_by_squares(images: int, segments: list[int], size: tuple[int, int]) -> None:
+    assume(size[0] * size[1] >= DEVICE.vector_lanes)
+    channels = Channels(tuple(segments), DEVICE.vector_lanes)
+    x = example(images, channels.count, *size)
+    blocked = np.ascontiguousarray(np.moveaxis(channels.pack(x, 1, fill=7.0), 2, -1))
+    assert np.array_equal(guarded(unblock_squares(blocked.shape, segments), [blocked], x.shape), x)
 
 
 @given(

@@ -1,14 +1,17 @@
-"""What brings values into regions, out of them, and from one layout of them to another."""
+"""What brings values from one layout to another: planes, blocks of channels, and regions."""
 
+from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from targets.kernels.regions import Layout
-from targets.kernels.sparse import ATTRS, argument, span
+from targets.kernels.sparse import ATTRS
+from targets.kernels.vectors import argument, room, select, span, store_where, transposed
+
+_PIECES = 16  # of a plane, at most, that cores share out
 
 
 def regroup(
@@ -90,14 +93,14 @@ def group_blocks(channels: int, height: int, width: int, places_shape: tuple[int
             y = argument("y", (channels * vectors + 2) * lanes)
             with T.sblock("root"), T.parallel(0, blocks) as block, T.serial(0, vectors) as vector:
                 source = T.decl_buffer((blocks * height * width * lanes,), "float32", data=given.data)
-                square = T.alloc_buffer((lanes.bit_length() * lanes * lanes,), "float32", scope="local")
+                square = room(lanes)
                 for k in range(lanes):
                     place = places[vector * lanes + k]
                     value = source[span((block * (height * width) + tirx.max(place, 0)) * lanes, lanes)]
-                    T.buffer_store(square, _if(place >= 0, value, lanes), [span(k * lanes, lanes)])
-                for k, value in enumerate(_transposed(square, lanes)):
+                    T.buffer_store(square, select(place >= 0, value, lanes), [span(k * lanes, lanes)])
+                for k, value in enumerate(transposed(square, lanes)):
                     channel = block * lanes + k
-                    _where(
+                    store_where(
                         channel < channels, (k + 1) <= channels - (blocks - 1) * lanes,
                         y, value, [span((1 + channel * vectors + vector) * lanes, lanes)],
                     )
@@ -119,45 +122,53 @@ def ungroup_blocks(layout: Layout, channels: int) -> tirx.PrimFunc:
             loops = T.serial(0, regions.rows), T.serial(0, regions.columns)
             with T.sblock("root"), T.parallel(0, blocks) as block, loops[0] as row, loops[1] as column:
                 y = T.decl_buffer((blocks * height * width * lanes,), "float32", data=made.data)
-                square = T.alloc_buffer((lanes.bit_length() * lanes * lanes,), "float32", scope="local")
+                square = room(lanes)
                 for k in range(lanes):
                     channel = block * lanes + k
                     first = (tirx.min(channel, channels - 1) * layout.down + row + layout.border[0]) * layout.across
                     value = source[span((1 + first + column + layout.border[1]) * lanes, lanes)]
-                    T.buffer_store(square, _if(channel < channels, value, lanes), [span(k * lanes, lanes)])
-                for k, value in enumerate(_transposed(square, lanes)):
+                    T.buffer_store(square, select(channel < channels, value, lanes), [span(k * lanes, lanes)])
+                for k, value in enumerate(transposed(square, lanes)):
                     place = places[(row * regions.columns + column) * lanes + k]
-                    _where(
+                    store_where(
                         place >= 0, False, y, value, [span((block * (height * width) + place) * lanes, lanes)]
                     )
         return builder.get()
 
 
-def _if(condition: Any, vector: Any, lanes: int) -> Any:
-    """A vector under a scalar condition, else zero."""
-    return tirx.Select(tirx.Broadcast(condition, lanes), vector, tirx.Broadcast(tirx.const(0, "float32"), lanes))
+def unblock_squares(shape: tuple[int, ...], segments: Sequence[int]) -> tirx.PrimFunc:
+    """(source, y): blocked values as planes, as `layout.unblock` does; a plane has at least as many pixels as lanes.
 
-
-def _where(condition: Any, always: bool, buffer: Any, value: Any, at: list[Any]) -> None:
-    """Emit a store that happens under a condition, or always."""
-    if always:
-        T.buffer_store(buffer, value, at)
-        return
-    with T.If(condition), T.Then():
-        T.buffer_store(buffer, value, at)
-
-
-def _transposed(square: Any, lanes: int) -> list[Any]:
-    """Rows of the transpose of a buffer's first `lanes` vectors; it has room for log2(lanes) such squares more."""
-    step, level = 1, 0
-    while step < lanes:
-        given, made = level * lanes * lanes, (level + 1) * lanes * lanes
-        low = [k if not k & step else lanes + k - step for k in range(lanes)]
-        high = [k + step if not k & step else lanes + k for k in range(lanes)]
-        for row in (row for row in range(lanes) if not row & step):
-            pair = [square[span(given + r * lanes, lanes)] for r in (row, row + step)]
-            for target, order in ((row, low), (row + step, high)):
-                mixed = tirx.Shuffle(pair, [tirx.const(k, "int32") for k in order])
-                T.buffer_store(square, mixed, [span(made + target * lanes, lanes)])
-        step, level = 2 * step, level + 1
-    return [square[span(level * lanes * lanes + row * lanes, lanes)] for row in range(lanes)]
+    Where pixels are no multiple of the lanes the last square overlaps the one before, which writes the same there.
+    """
+    images, blocks, height, width, lanes = shape
+    plane, channels = height * width, sum(segments)
+    squares = -(-plane // lanes)
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name("unblock")
+            T.func_attr(ATTRS | {"layout": "plain"})
+            given = T.arg("source", T.buffer(shape, "float32"))
+            made = T.arg("y", T.buffer((images, channels, height, width), "float32"))
+            with T.sblock("root"):
+                block = channel = 0
+                for size in segments:
+                    count = -(-size // lanes)
+                    pieces = next(piece for piece in range(min(squares, _PIECES), 0, -1) if squares % piece == 0)
+                    tasks = T.parallel(0, images * count * pieces), T.serial(0, squares // pieces)
+                    with tasks[0] as task, tasks[1] as step:
+                        source = T.decl_buffer((prod(shape),), "float32", data=given.data)
+                        y = T.decl_buffer((images * channels * plane,), "float32", data=made.data)
+                        one, image = task // pieces % count, task // pieces // count
+                        first = tirx.min((task % pieces * (squares // pieces) + step) * lanes, plane - lanes)
+                        square = room(lanes)
+                        start = (image * blocks + block + one) * plane + first
+                        for k in range(lanes):
+                            T.buffer_store(square, source[span((start + k) * lanes, lanes)], [span(k * lanes, lanes)])
+                        rows = transposed(square, lanes)[: size if count == 1 else lanes]
+                        for k, value in enumerate(rows):
+                            at = (image * channels + channel + one * lanes + k) * plane + first
+                            whole = k + 1 <= size - (count - 1) * lanes
+                            store_where(one * lanes + k < size, whole, y, value, [span(at, lanes)])
+                    block, channel = block + count, channel + size
+        return builder.get()

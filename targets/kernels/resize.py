@@ -74,6 +74,19 @@ def resize(
     return te.compute((x.shape[0], x.shape[1], height, width, *x.shape[4:]), value, name="resize")
 
 
+def resize_axis(x: te.Tensor, index: te.Tensor, weight: te.Tensor, axis: int) -> te.Tensor:
+    """Mix what lies along one axis of `x` as a table of (taps, outputs) says."""
+    def value(*at: Any) -> Any:
+        total = None
+        for tap in range(int(index.shape[0])):
+            read = x(*at[:axis], index(tap, at[axis]), *at[axis + 1 :])
+            term = read * weight(tap, at[axis]) if int(index.shape[0]) > 1 else read
+            total = term if total is None else total + term
+        return total
+
+    return te.compute((*x.shape[:axis], index.shape[1], *x.shape[axis + 1 :]), value, name="resize")
+
+
 def _clamped(index: list[Array], weight: list[Array], given: int) -> Taps:
     inside = np.clip(np.stack(index), 0, given - 1).astype(np.int32)
     return Taps(inside, np.stack(weight).astype(np.float32))

@@ -16,6 +16,7 @@ from tvm.tirx.script.builder import ir as T
 from profiles.device import Device
 from targets.base import Array
 from targets.kernels.regions import Layout
+from targets.kernels.vectors import argument, span
 from targets.kernels.window import Window
 
 _OTHER_REGISTERS = 4  # beside the accumulators: the weight, and what the compiler needs to move values
@@ -290,13 +291,3 @@ def _pieces(length: int, most: int) -> Iterator[tuple[int, int, int]]:
         yield 0, larger, size + 1
     if larger < count:
         yield larger * (size + 1), count - larger, size
-
-
-def argument(name: str, size: int, dtype: str = "float32") -> Any:
-    """A flat buffer of a kernel, at least one value long."""
-    return T.arg(name, T.buffer((max(size, 1),), dtype))
-
-
-def span(start: Any, lanes: int) -> Any:
-    """The places of one vector."""
-    return tirx.Ramp(start, 1, lanes)

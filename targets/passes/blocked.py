@@ -19,7 +19,8 @@ from targets.base import Array
 from targets.choice import Choices
 from targets.kernels.layout import block, unblock
 from targets.kernels.methods import ConvolutionLayer
-from targets.kernels.resize import resize, taps
+from targets.kernels.moves import unblock_squares
+from targets.kernels.resize import resize, resize_axis, taps
 from targets.kernels.sliding import depthwise, max_pool, sum_pool, window_counts
 from targets.kernels.transposed import Phases, interleave, phase_weights, phase_window
 from targets.kernels.window import Window
@@ -34,6 +35,7 @@ _KEEP_FINITE = frozenset(
     )
 )
 _ELEMENTWISE = _KEEP_FINITE | {"relax.exp", "relax.sqrt", "relax.rsqrt", "relax.log"}
+_NARROW = 5  # lanes to a channel from which it is faster to resize planes, whose columns are gathered
 _BINARY = frozenset(f"relax.{name}" for name in ("add", "subtract", "multiply", "divide", "maximum", "minimum"))
 
 
@@ -96,7 +98,10 @@ class Blocker(Walk):
     def _planar(self, given: Blocked, shape: tuple[int, ...]) -> Any:
         if shape[2:] == (1, 1) and given.channels.whole:
             return self.builder.emit(relax.op.reshape(given.value, shape))
-        return self.kernel(unblock, given.value, segments=list(given.channels.segments))
+        segments, source = list(given.channels.segments), shape_of(given.value)
+        if source[2] * source[3] < source[4]:
+            return self.kernel(unblock, given.value, segments=segments)
+        return self.call_kernel(unblock_squares(source, segments), [given.value], shape)
 
     def _block(self, value: Any) -> Blocked | None:
         """The blocked form of an old variable, converted if it has none; None for what has no channels."""
@@ -270,10 +275,14 @@ class Blocker(Walk):
         rows, columns = taps(given_h, height, *how), taps(given_w, width, *how)
         if rows is None or columns is None or attrs.layout != "NCHW" or attrs.cubic_exclude:
             return None
-        tables = [relax.const(table) for table in (rows.index, rows.weight, columns.index, columns.weight)]
         form = self._blocked.get(call.args[0])
-        if form is None:
-            return self.kernel(resize, self.read(call.args[0]), *tables)
+        if form is None or form.channels.count * _NARROW <= form.channels.blocks * self._lanes:
+            mixed = self.read(call.args[0])
+            for axis, table in ((3, columns), (2, rows)):  # columns first: they are gathered value by value
+                given = relax.const(table.index), relax.const(table.weight)
+                mixed = self.kernel(resize_axis, mixed, *given, anchors=True, axis=axis)
+            return mixed
+        tables = [relax.const(table) for table in (rows.index, rows.weight, columns.index, columns.weight)]
         return Blocked(self.kernel(resize, form.value, *tables), form.channels)
 
 

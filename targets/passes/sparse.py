@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import tvm
-from tvm import relax, tirx
+from tvm import relax
 
 from profiles.device import Device
 from targets.base import Array
@@ -85,7 +85,7 @@ class _Layouts(Blocker):
         if isinstance(value, relax.Var) and value not in self._new and self._is_grouped(value):
             flat, layout = self._regions_of(value)
             shape = shape_of(value)
-            self._new[value] = self._call(ungroup(layout, shape[1]), [flat], shape)
+            self._new[value] = self.call_kernel(ungroup(layout, shape[1]), [flat], shape)
         return super().read(value)
 
     # What may join a waiting convolution, and what works on flat tensors as it is
@@ -144,7 +144,7 @@ class _Layouts(Blocker):
         places = np.where((y < height) & (x < width), y * width + x, -1)
         lanes = self._device.vector_lanes
         shape = (1, -(-channels // lanes), height, width, lanes)
-        made = self._call(ungroup_blocks(layout, channels), [flat, _table(places)], shape)
+        made = self.call_kernel(ungroup_blocks(layout, channels), [flat, _table(places)], shape)
         self._blocked[value] = Blocked(made, Channels((channels,), lanes))
 
     def _regions_of(self, value: Any) -> tuple[Any, Layout]:
@@ -184,7 +184,7 @@ class _Layouts(Blocker):
         self._choices.note(layer.key, layer.macs, layer.weights)
         about = {"layer": layer.key, "method": "sparse", "work": layer.nonzeros * layer.height * layer.width}
         function = sparse_convolution(conv, len(offsets), self._device, about)
-        return self._call(function, given_, (layout.size(conv.outputs),))
+        return self.call_kernel(function, given_, (layout.size(conv.outputs),))
 
     def _moved_to(self, source: Any, y: Array, x: Array) -> Any:
         """A value as flat vectors of these pixels, (vectors, lanes), zero for those outside the plane."""
@@ -202,20 +202,16 @@ class _Layouts(Blocker):
             if (spans := shifts(places)) is not None:
                 starts, counts = spans
                 function = shift(given.size(channels), stride, channels, *places.shape)
-                return self._call(function, [flat, relax.const(starts), _table(counts)], size)
+                return self.call_kernel(function, [flat, relax.const(starts), _table(counts)], size)
             function = regroup((given.size(channels),), y.shape[1], stride, channels, places.shape)
-            return self._call(function, [flat, _table(places)], size)
+            return self.call_kernel(function, [flat, _table(places)], size)
         places = np.where((y >= 0) & (y < height) & (x >= 0) & (x < width), y * width + x, -1)
         blocked = self._blocked.get(source)
         if blocked is not None and len(blocked.channels.segments) == 1 and blocked.channels.lanes == y.shape[1]:
             function = group_blocks(channels, height, width, places.shape)
-            return self._call(function, [blocked.value, _table(places)], size)
+            return self.call_kernel(function, [blocked.value, _table(places)], size)
         function = regroup((1, channels, height, width), 0, height * width, channels, places.shape)
-        return self._call(function, [self.read(source), _table(places)], size)
-
-    def _call(self, function: tirx.PrimFunc, arguments: list[Any], shape: tuple[int, ...]) -> Any:
-        name = self.builder.add_func(function.without_attr("global_symbol"), str(function.attrs["global_symbol"]))
-        return self.builder.emit(relax.call_tir(name, arguments, relax.TensorType(shape, "float32")))
+        return self.call_kernel(function, [self.read(source), _table(places)], size)
 
 
 def _borders(chosen: dict[Any, SparseLayer], bound: dict[Any, Any]) -> dict[Any, tuple[int, int, int, int]]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 
 from targets.base import Array
 
@@ -59,6 +59,11 @@ class Walk:
             return function(*tensors, **settings)
 
         return self.builder.emit_te(compute, *arguments, primfunc_name_hint=name or function.__name__, **attrs)
+
+    def call_kernel(self, function: tirx.PrimFunc, arguments: list[Any], shape: tuple[int, ...]) -> Any:
+        """Emit a call of a kernel that is written loop by loop."""
+        name = self.builder.add_func(function.without_attr("global_symbol"), str(function.attrs["global_symbol"]))
+        return self.builder.emit(relax.call_tir(name, arguments, relax.TensorType(shape, "float32")))
 
     def renewed(self, call: Any) -> Any:
         """The same call on new arguments; a kernel it names comes along."""
