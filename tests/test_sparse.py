@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import tvm
-from hypothesis import example as example_of
 from hypothesis import assume, given, settings
+from hypothesis import example as example_of
 from hypothesis import strategies as st
 from networks import answers, cpu_device, example, host_bits, run_built, settle, to_program
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from profiles.device import Device
 from targets.base import Array, Program
 from targets.cpu import CpuTarget
-from targets.kernels.moves import group_blocks, regroup, ungroup, ungroup_blocks, unblock_squares
+from targets.kernels.moves import group_blocks, regroup, unblock_squares, ungroup, ungroup_blocks
 from targets.kernels.regions import Layout, Regions, shifts
 from targets.kernels.sparse import SparseConvolution
 from targets.kernels.sparse_methods import SparseLayer
