@@ -19,6 +19,7 @@ from compressor.report.pictures import png
 from compressor.report.schema import (
     ArtifactResult,
     BaselineResult,
+    Kernel,
     Latency,
     LayerResult,
     PairedRatio,
@@ -34,6 +35,8 @@ from compressor.workload import Batch
 from profiles.device import Device
 from profiles.host import Environment
 from profiles.measure import ratio
+from targets.artifact import KERNELS
+from targets.profiling import kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +172,19 @@ def _artifact_rows(made: Deployed, timings: Timings, device: Device, directory: 
                     PairedRatio.of(DENSE, ratio(timed.measurement, dense.measurement)) if timed and dense else None
                 ),
                 verified=verified,
+                kernels=_kernels(made),
             )
         )
     return rows
+
+
+def _kernels(made: Deployed) -> tuple[Kernel, ...]:
+    if KERNELS not in made.artifact.manifest.files:
+        return ()
+    layers = [call for call in kernels(made.artifact).calls if call.layer]
+    return tuple(
+        Kernel(layer=c.layer, kernel=c.kernel, macs=c.macs, density=c.density, instead=c.instead) for c in layers
+    )
 
 
 def _baseline(timed: Timed, original: Size, deployed: Sequence[Deployed]) -> BaselineResult:

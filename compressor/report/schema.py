@@ -225,6 +225,23 @@ class PairedRatio(Part):
         return cls(baseline=baseline, value=seen.value, low=seen.low, high=seen.high)
 
 
+class Kernel(Part):
+    """The kernel that one layer of an artifact got.
+
+    Attributes:
+        layer: what was computed, by its sizes.
+        kernel: how: "direct", "winograd 4", "sparse".
+        macs: by definition, zeros included.
+        instead: of a layer that could be dense or sparse, how many times as long the other would have taken.
+    """
+
+    layer: str
+    kernel: str
+    macs: NonNegativeInt
+    density: Annotated[float, Field(ge=0, le=1)]
+    instead: str = ""
+
+
 class ArtifactResult(Timed):
     """One built artifact at one number of threads.
 
@@ -234,6 +251,7 @@ class ArtifactResult(Timed):
         sha256: of its manifest.
         load_ms, first_ms: opening it and its first inference, apart from the steady state.
         peak_rss_bytes: of a process that loads and runs it alone.
+        kernels: of its layers, in order; empty where the target keeps no account of them.
     """
 
     name: str
@@ -252,6 +270,7 @@ class ArtifactResult(Timed):
     peak_rss_bytes: NonNegativeInt | None = None
     ratio_to_dense: PairedRatio | None = None
     verified: tuple[Verified, ...] = ()
+    kernels: tuple[Kernel, ...] = ()
 
 
 class BaselineResult(Timed):
