@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -108,7 +107,7 @@ def test_prune_judges_with_fresh_batch_norm(
         return plain(self, judged)
 
     monkeypatch.setattr(Bench, "scores", scores)
-    monkeypatch.setattr(prune_module, "CRITERIA", {"taylor": SimpleNamespace(score=_keep_stem_last)})
+    monkeypatch.setattr(prune_module, "CRITERIA", {"taylor": _keep_stem_last})
     prune(macs=0.9, rounds=1).run(model, bench)
     kept = seen[0]
     assert len(kept) == 32
@@ -172,6 +171,13 @@ def test_max_protects_what_one_task_needs_and_sum_trades(bench: Bench) -> None:
     assert combine(score_TC, ["kind", "size"], bench, "max", {}).tolist() == pytest.approx([0.9, 0.5, 0.5])
     assert combine(score_TC, ["kind", "size"], bench, "sum", {}).tolist() == pytest.approx([0.9, 0.6, 0.5])
     assert combine(7 * score_TC, ["kind", "size"], bench, "sum", {}).tolist() == pytest.approx([0.9, 0.6, 0.5])
+
+
+def test_unanimous_goes_by_each_tasks_own_order(bench: Bench) -> None:
+    score_TC = torch.tensor([[9.0, 1.0, 0.0, 0.0], [0.0, 0.0, 5.0, 0.1]])
+    value = combine(score_TC, ["kind", "size"], bench, "unanimous", {})
+    assert value.tolist() == [1.0, 0.5, 1.0, 0.5], "scores of a task say nothing but its order; equal ones rank equally"
+    assert combine(torch.zeros(2, 3), ["kind", "size"], bench, "unanimous", {}).tolist() == [0, 0, 0]
 
 
 def test_a_tighter_budget_weighs_more(model: MultiTaskModel, tmp_path: Path) -> None:

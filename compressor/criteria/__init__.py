@@ -1,22 +1,28 @@
-"""Importance criteria by name: `score` says what each channel is worth to each task."""
+"""Importance criteria by name: what each channel is worth to each task."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor
 
 from compressor.bench import Bench
-from compressor.criteria import magnitude, taylor
+from compressor.criteria import agreement, batchnorm, magnitude, random, taylor
 from compressor.groups import Prunable
 from compressor.model import MultiTaskModel
 
 
 class Criterion(Protocol):
-    """A module with a `score` function; higher is kept; comparable across groups of one network, not across tasks."""
+    """A function; higher is kept; comparable across groups of one network, not across tasks."""
 
-    def score(self, model: MultiTaskModel, prunable: Prunable, bench: Bench, batches: int) -> Tensor: ...
+    def __call__(self, model: MultiTaskModel, prunable: Prunable, bench: Bench, batches: int) -> Tensor: ...
 
 
-CRITERIA: dict[str, Criterion] = {
-    "taylor": taylor,
-    "magnitude": magnitude,
+CRITERIA: Mapping[str, Criterion] = {
+    "taylor": taylor.score,
+    "agreement": agreement.score,
+    "magnitude": magnitude.l2,
+    "magnitude-l1": magnitude.l1,
+    "magnitude-group": magnitude.group,
+    "batchnorm": batchnorm.score,
+    "random": random.score,
 }

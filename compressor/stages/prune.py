@@ -17,6 +17,8 @@ from compressor.model import MultiTaskModel
 from compressor.training import Training, train
 from profiles.settings import Settings, did_you_mean
 
+Combine = Literal["max", "sum", "unanimous"]
+
 LEAST_PRESSURE = 0.1
 """Weight of a task that has not used its budget at all, when another has used exactly its own."""
 
@@ -31,7 +33,8 @@ class Prune(Settings):
         criterion: a name in CRITERIA.
         combine: how a channel's importance to each task becomes one number: each task's row is first scaled to sum 1
             and weighed by the share of its budget that the task has used so far, then "max" protects what any one task
-            needs, "sum" trades tasks against each other.
+            needs, "sum" trades tasks against each other. "unanimous" takes each task's ranks instead, unweighed: a
+            channel goes when every task ranks it low (Sun et al., "DiSparse", CVPR 2022).
         batches: calibration batches that importance is measured on, and batch norm where nothing is recovered.
         slack: budgets are multiplied by this while pruning, since a later `finetune` wins much of the drop back.
         keep_at_least: no group goes below this fraction of the width it came with.
@@ -44,7 +47,7 @@ class Prune(Settings):
     parameters: float | None = Field(gt=0, lt=1, default=None)
     rounds: int = Field(ge=1, default=4)
     criterion: str = "taylor"
-    combine: Literal["max", "sum"] = "max"
+    combine: Combine = "max"
     batches: int = Field(ge=1, default=16)
     slack: float = Field(ge=1, default=1.0)
     keep_at_least: float = Field(ge=0, le=1, default=0.1)
@@ -115,7 +118,7 @@ class Prune(Settings):
     ) -> tuple[MultiTaskModel, Costs]:
         """A copy cut to the goal, shown to answer as the uncut network does with the same channels zeroed."""
         prunable = Prunable.of(model)
-        score_TC = CRITERIA[self.criterion].score(model, prunable, bench, self.batches)
+        score_TC = CRITERIA[self.criterion](model, prunable, bench, self.batches)
         value_C = combine(score_TC, [task.name for task in model.tasks], bench, self.combine, pressure)
         groups = list(prunable.groups)
         while True:
@@ -137,13 +140,18 @@ class Prune(Settings):
 
 
 def combine(
-    score_TC: Tensor, tasks: list[str], bench: Bench, how: Literal["max", "sum"], pressure: Mapping[str, float]
+    score_TC: Tensor, tasks: list[str], bench: Bench, how: Combine, pressure: Mapping[str, float]
 ) -> Tensor:
     """(class,) one value a channel from one row a task: rows sum to 1, then weigh as their tasks need protection.
+
+    Ranks, for "unanimous", run from 0 to 1 and are equal for equal scores.
 
     A task weighs as much of its budget as it has used (`pressure`, from the round before); before anything is known, as
     tight as its budget is relative to its score. One without a budget weighs as one with a budget of 100 %.
     """
+    if how == "unanimous":
+        ranks = [row_C.unique(return_inverse=True)[1] for row_C in score_TC]
+        return torch.stack([rank / rank.max().clamp_min(1) for rank in ranks]).max(0).values
     scaled_TC = score_TC / score_TC.sum(1, keepdim=True).clamp_min(1e-30)
     weight_T = torch.tensor([pressure.get(task, 1 / _relative_budget(bench, task)) for task in tasks])
     scaled_TC = scaled_TC * (weight_T / weight_T.max())[:, None]
