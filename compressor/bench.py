@@ -29,6 +29,7 @@ class Bench:
         before: the original's scores on the validate split, once it has been scored.
         directory: where a stage may leave files that belong to its result.
         notes: sentences a stage leaves for the report.
+        short: whether the stage ended short of the goal it was given.
     """
 
     workload: Workload
@@ -40,31 +41,33 @@ class Bench:
     before: Mapping[str, float] = field(default_factory=dict)
     directory: Path = Path()
     notes: list[str] = field(default_factory=list)
+    short: bool = False
 
     @cached_property
     def validation(self) -> list[Batch]:
         return list(self.workload.batches("validate", self.seed))
 
-    def scores(self, model: MultiTaskModel) -> dict[str, float]:
-        """The metric of each task that has labels in the validate split, over all of it.
+    def scores(self, model: MultiTaskModel, batches: list[Batch] | None = None) -> dict[str, float]:
+        """The metric of each task that has labels in the validate split, over all of it, or in the given batches.
 
         Raises:
             CompressError: an answer or a score is not finite, an answer does not fit its metric, or a task with a
                 budget has no label.
         """
+        split = "the validate split" if batches is None else "the batches to judge by"
         metrics = dict(self.workload.metrics())
         seen: set[str] = set()
         model.module.eval()
         with torch.no_grad():
-            for batch in self.validation if metrics else ():
+            for batch in (self.validation if batches is None else batches) if metrics else ():
                 answers = model.answers(*batch.inputs)
                 for task in [name for name in batch.labels if name in metrics]:
                     if task not in answers:
                         raise CompressError(
-                            f"A label of the validate split is for no task: '{task}'.{did_you_mean(task, answers)}"
+                            f"A label of {split} is for no task: '{task}'.{did_you_mean(task, answers)}"
                         )
                     if not answers[task].isfinite().all():
-                        raise CompressError(f"Task '{task}' answers NaN or infinity on the validate split.")
+                        raise CompressError(f"Task '{task}' answers NaN or infinity on {split}.")
                     try:
                         metrics[task].update(answers[task], batch.labels[task])
                     except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -74,7 +77,7 @@ class Bench:
                         ) from error
                     seen.add(task)
         if lacking := [name for name in self.budgets if name not in seen]:
-            raise CompressError(f"Task '{lacking[0]}' has a budget, but no label in the validate split to hold it to.")
+            raise CompressError(f"Task '{lacking[0]}' has a budget, but no label in {split} to hold it to.")
         found = {task.name: float(metrics[task.name].compute()) for task in model.tasks if task.name in seen}
         if wrong := [f"'{task}' is {score}" for task, score in found.items() if not isfinite(score)]:
             raise CompressError(f"The score of task {', '.join(wrong)}: are there NaN among its labels?")
@@ -85,12 +88,17 @@ class Bench:
 
     def over(self, scores: Mapping[str, float], slack: float) -> str:
         """Which task is furthest outside its budget and by how much, as a clause; empty when all are inside."""
-        left = self.margins(scores, slack)
-        worst = min(left, key=lambda name: left[name], default=None)
-        if worst is None or left[worst] >= 0:
+        left, worst = self.margins(scores, slack), self.worst(scores)
+        if not worst or left[worst] >= 0:
             return ""
         times = f" (times {slack:g})" if slack != 1 else ""
         return f"task '{worst}' would leave its budget{times} by {-left[worst]:.4g}"
+
+    def worst(self, scores: Mapping[str, float]) -> str:
+        """The task that has least of its budget left, as a share of it; empty without budgets."""
+        left = self.margins(scores)
+        allowed = {name: max(self.budgets[name].allowed(self.before[name]), 1e-12) for name in left}
+        return min(left, key=lambda name: left[name] / allowed[name], default="")
 
     def calibration(self, count: int) -> list[Batch]:
         """The first batches of the calibrate split, at least one."""
@@ -98,6 +106,11 @@ class Bench:
         if not found:
             raise CompressError("The workload has no batch in its calibrate split, which this stage reads.")
         return found
+
+    def fall_short(self, text: str) -> None:
+        """Say that the stage did not reach its goal, and why."""
+        self.short = True
+        self.note(text)
 
     def note(self, text: str) -> None:
         self.notes.append(text)

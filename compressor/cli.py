@@ -99,7 +99,7 @@ def run(
         return
     report = pipeline.run(job, out, shlex.join(["compress", *sys.argv[1:]]), resume)
     print_report(report, out, as_json)
-    if any(task.within_budget is False for task in report.tasks):
+    if any(task.within_budget is False for task in report.tasks) or any(stage.short for stage in report.stages):
         raise typer.Exit(OUTSIDE_BUDGET)
 
 

@@ -165,7 +165,7 @@ def _compress(job: Job, store: Store) -> tuple[MultiTaskModel, list[StageRecord]
             facts = {}
             with store.entry(entry, key, facts) as folder:
                 begun = time.monotonic()
-                bench.directory, bench.notes = folder, []
+                bench.directory, bench.notes, bench.short = folder, [], False
                 model = stage.run(model, bench)
                 macs, parameters, nonzero = sizes_of(model)
                 facts |= {
@@ -175,6 +175,7 @@ def _compress(job: Job, store: Store) -> tuple[MultiTaskModel, list[StageRecord]
                     "parameters": parameters,
                     "nonzero_parameters": nonzero,
                     "note": " ".join(bench.notes),
+                    "short": bench.short,
                 }
                 model.save(folder)
         else:

@@ -53,6 +53,7 @@ class StageRecord:
     nonzero_parameters: int
     scores: dict[str, float] = field(default_factory=dict)
     note: str = ""
+    short: bool = False
 
 
 def sizes_of(model: MultiTaskModel) -> tuple[int, int, int]:

@@ -118,7 +118,10 @@ def _margin(higher_is_better: bool, before: float | None, after: float | None, b
 
 
 class StageResult(Part):
-    """One stage as it ran, or as an earlier run left it (`resumed`); sizes and scores are those after it."""
+    """One stage as it ran, or as an earlier run left it (`resumed`); sizes and scores are those after it.
+
+    `short`: it ended short of its goal, as `note` says.
+    """
 
     index: NonNegativeInt
     kind: str
@@ -130,6 +133,7 @@ class StageResult(Part):
     nonzero_parameters: NonNegativeInt
     scores: Mapping[str, float] = Field(default_factory=dict)
     note: str = ""
+    short: bool = False
 
 
 class LayerResult(Part):

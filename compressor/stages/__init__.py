@@ -14,7 +14,7 @@ from profiles.settings import Settings
 
 @runtime_checkable
 class Stage(Protocol):
-    """Takes a model, returns a new one; `kind` is its name in a recipe, `train_steps` what it costs.
+    """Takes a model, returns a new one; `kind` is its name in a recipe, `train_steps` what it costs if all goes well.
 
     A stage is a `profiles.settings.Settings`: its settings are checked when the recipe is read, and decide with the
     code whether stored work is still good.

@@ -1,6 +1,7 @@
 """Global channel pruning inside each task's budget."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
@@ -8,12 +9,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from compressor.allocation import cheapest, uniform
 from compressor.bench import Bench, reestimate_batchnorm
-from compressor.costs import Costs, Ledger
+from compressor.costs import Costs
 from compressor.criteria import CRITERIA
 from compressor.errors import CompressError
 from compressor.groups import Group, Prunable
 from compressor.model import MultiTaskModel
+from compressor.sequential import Oracle, walk
 from compressor.training import Training, train
 from profiles.settings import Settings, did_you_mean
 
@@ -30,6 +33,11 @@ class Prune(Settings):
         macs, parameters: fraction of what the stage was given to keep (0-1); at least one is needed, every given one
             is met.
         rounds: the goal is approached geometrically; importance is measured anew in each round.
+        retries: when a round leaves a budget, so many steps half as far as the one before are tried from the last point
+            that kept them all.
+        search: how widths are found: "value" drops, over the whole network, the channels of least value for what they
+            cost; "sequential" narrows group by group as far as the cut network itself stays inside every task's budget
+            (`compressor/sequential.py`); "uniform" keeps the same share of every group.
         criterion: a name in CRITERIA.
         combine: how a channel's importance to each task becomes one number: each task's row is first scaled to sum 1
             and weighed by the share of its budget that the task has used so far, then "max" protects what any one task
@@ -46,6 +54,8 @@ class Prune(Settings):
     macs: float | None = Field(gt=0, lt=1, default=None)
     parameters: float | None = Field(gt=0, lt=1, default=None)
     rounds: int = Field(ge=1, default=4)
+    retries: int = Field(ge=0, default=2)
+    search: Literal["value", "sequential", "uniform"] = "value"
     criterion: str = "taylor"
     combine: Combine = "max"
     batches: int = Field(ge=1, default=16)
@@ -74,38 +84,45 @@ class Prune(Settings):
         floors = {
             group.name: max(min(multiple, len(group)), ceil(self.keep_at_least * len(group))) for group in start.groups
         }
-        good, goal, pressure = model, full, dict[str, float]()
-        for turn in range(1, self.rounds + 1):
-            goal = self._goal(full, turn)
-            candidate, reached = self._shrink(good, bench, goal, multiple, floors, pressure)
+        good, sizes, pressure, why = model, full, dict[str, float](), ""
+        done, failed, turn, tries = 0.0, 0.0, 0, self.retries
+        while done < 1:
+            turn += 1
+            aim = (done + failed) / 2 if failed else turn / self.rounds
+            goal = self._goal(full, aim)
+            cut = self._shrink(good, bench, goal, multiple, floors, pressure)
+            title = f"prune {turn}/{self.rounds}" if not failed else f"prune, a smaller step ({tries} left)"
             if self.recover and self.recover.steps:  # which leaves batch norm better estimated than a few batches would
-                train(candidate, bench, self.recover, f"prune {turn}/{self.rounds}", bench.seed + turn)
+                train(cut.model, bench, self.recover, title, bench.seed + turn)
             else:
-                reestimate_batchnorm(candidate.module, bench.calibration(self.batches))
-            scores = bench.scores(candidate)
-            told = "; ".join(
-                [
-                    f"MACs {reached[0] / full[0]:.0%}, parameters {reached[1] / full[1]:.0%}",
-                    ", ".join(f"{name} {score:.4g}" for name, score in scores.items()),
-                ]
-            )
-            bench.progress.line(f"  prune {turn}/{self.rounds}: {told}")
+                reestimate_batchnorm(cut.model.module, bench.calibration(self.batches))
+            scores = bench.scores(cut.model)
+            told = ", ".join(f"{name} {score:.4g}" for name, score in scores.items())
+            bench.progress.line(f"  {title}: {_left(cut.costs, full)}; {told}")
             if over := bench.over(scores, self.slack):
-                bench.note(f"prune stopped before round {turn} of {self.rounds}: {over}.")
-                return good
-            good, pressure = candidate, spent(bench, scores)
-            if _short(reached, goal):
-                bench.note(
-                    "prune ended short of its goal: no group may become narrower (widths are multiples of "
-                    f"{multiple}, at least {self.keep_at_least:.0%} of what they were)."
-                )
-                return good
+                worst, failed = bench.worst(scores), aim
+                why = f"with {_left(cut.costs, full)} {over}, which needs most of what went from '{cut.culprit(worst)}'"
+            else:
+                good, sizes, done, pressure = cut.model, cut.costs, aim, spent(bench, scores)
+                if _short(sizes, goal):
+                    bench.fall_short(f"prune ended short of its goal, at {_left(sizes, full)}: {self._stuck(cut)}.")
+                    return good
+            if failed:
+                if not tries:
+                    bench.fall_short(f"prune stopped short of its goal, at {_left(sizes, full)}: {why}.")
+                    return good
+                tries -= 1
         return good
 
-    def _goal(self, full: Costs, turn: int) -> Costs:
-        share = turn / self.rounds
+    def _goal(self, full: Costs, share: float) -> Costs:
         macs, parameters = (1.0 if fraction is None else fraction**share for fraction in (self.macs, self.parameters))
         return int(full[0] * macs), int(full[1] * parameters)
+
+    def _stuck(self, cut: "_Shrunk") -> str:
+        if cut.stopped:
+            return "no budget allows more of " + ", ".join(f"'{g}' (task '{t}')" for g, t in cut.stopped.items())
+        least = f"at least {self.keep_at_least:.0%} of what they were"
+        return f"no group may become narrower (widths are multiples of {cut.multiple}, {least})"
 
     def _shrink(
         self,
@@ -115,17 +132,24 @@ class Prune(Settings):
         multiple: int,
         floors: Mapping[str, int],
         pressure: Mapping[str, float],
-    ) -> tuple[MultiTaskModel, Costs]:
+    ) -> "_Shrunk":
         """A copy cut to the goal, shown to answer as the uncut network does with the same channels zeroed."""
         prunable = Prunable.of(model)
         score_TC = CRITERIA[self.criterion](model, prunable, bench, self.batches)
         value_C = combine(score_TC, [task.name for task in model.tasks], bench, self.combine, pressure)
-        groups = list(prunable.groups)
+        groups, stopped = list(prunable.groups), dict[str, str]()
         while True:
-            keep = choose(prunable, groups, value_C, goal, multiple, floors)
+            given = prunable, groups, value_C, goal, multiple, floors
+            if self.search == "sequential":
+                oracle = Oracle(model, prunable, bench, self.batches, self.slack)
+                keep, stopped = walk(*given, oracle.holds), oracle.stopped
+                bench.progress.line(f"  asked the cut network {oracle.asked} times about {len(groups)} groups")
+            else:
+                keep = (cheapest if self.search == "value" else uniform)(*given)
             cut = _cut(model, prunable, keep)
             if cut is not None:
-                return cut, prunable.cost(keep)
+                names = tuple(task.name for task in model.tasks)
+                return _Shrunk(cut, prunable.cost(keep), keep, tuple(groups), names, score_TC, stopped, multiple)
             wrong = [g for g in groups if not keep[g.classes].all() and not _alone(model, prunable, keep, g)]
             if not wrong:
                 raise CompressError(
@@ -137,6 +161,25 @@ class Prune(Settings):
                 "left whole, because the module's own code fixes their size: "
                 f"{', '.join(group.name for group in wrong)}."
             )
+
+
+@dataclass(frozen=True, slots=True)
+class _Shrunk:
+    """A cut model, its costs, and what tells why it is as it is."""
+
+    model: MultiTaskModel
+    costs: Costs
+    keep: Tensor
+    groups: tuple[Group, ...]
+    tasks: tuple[str, ...]
+    score_TC: Tensor
+    stopped: Mapping[str, str]
+    multiple: int
+
+    def culprit(self, task: str) -> str:
+        """The group whose channels that went were worth most to a task."""
+        row_C = self.score_TC[self.tasks.index(task)]
+        return max(self.groups, key=lambda g: float(row_C[g.classes[~self.keep[g.classes]]].sum())).name
 
 
 def combine(
@@ -174,53 +217,12 @@ def _relative_budget(bench: Bench, task: str) -> float:
     return min(1.0, max(bench.budgets[task].allowed(before) / before, 1e-4))
 
 
-def choose(
-    prunable: Prunable, groups: list[Group], value_C: Tensor, goal: Costs, multiple: int, floors: Mapping[str, int]
-) -> Tensor:
-    """Bool by class: greedily drop the vector-wide slice of channels with the least value for the cost it saves."""
-    ledger = Ledger(prunable)
-    full = ledger.now
-    value = value_C.tolist()
-    left = {g.name: sorted(g.classes.tolist(), key=lambda identity: value[identity], reverse=True) for g in groups}
-    terms = {g.name: ledger.touching(left[g.name]) for g in groups}
-    offers: dict[str, tuple[float, Costs, list[int]]] = {}
-    stale = set(left)
-    while wanted := [k for k in (0, 1) if ledger.now[k] > goal[k]]:
-        for name in stale:
-            dropped = _slice(left[name], multiple, floors[name])
-            offers.pop(name, None)
-            if dropped:
-                offers[name] = sum(value[identity] for identity in dropped), ledger.saving(dropped), dropped
-
-        def price(name: str) -> float:
-            worth, saved, _ = offers[name]
-            return worth / max(sum(saved[k] / full[k] for k in wanted), 1e-30)
-
-        best = min((name for name in left if name in offers), key=price, default=None)
-        if best is None:
-            break
-        enough = [n for n in left if n in offers and all(ledger.now[k] - offers[n][1][k] <= goal[k] for k in wanted)]
-        if enough and offers[last := min(enough, key=lambda n: offers[n][0])][0] <= offers[best][0]:
-            best = last  # one more slice will do, so its cost does not matter any more
-        dropped = offers[best][2]
-        ledger.drop(dropped)
-        left[best] = left[best][: -len(dropped)]
-        stale = {name for name in left if terms[name] & terms[best]}
-    keep = prunable.keep_all()
-    for group in groups:
-        keep[group.classes] = False
-        keep[torch.tensor(left[group.name], dtype=torch.int64)] = True
-    return keep
+def _left(costs: Costs, full: Costs) -> str:
+    return f"MACs {costs[0] / full[0]:.0%}, parameters {costs[1] / full[1]:.0%}"
 
 
 def _short(reached: Costs, goal: Costs) -> bool:
     return any(now > wanted for now, wanted in zip(reached, goal, strict=True))
-
-
-def _slice(left: list[int], multiple: int, floor: int) -> list[int]:
-    """The least valuable channels to drop to reach the next multiple; none when that is below `floor`."""
-    count = len(left) % multiple or multiple
-    return left[-count:] if len(left) - count >= floor else []
 
 
 def _alone(model: MultiTaskModel, prunable: Prunable, keep: Tensor, group: Group) -> bool:

@@ -70,7 +70,7 @@ class Ticket(Settings):
             told = ", ".join(f"{name} {score:.4g}" for name, score in scores.items())
             bench.progress.line(f"  ticket {turn}/{self.rounds}: {density:.1%} of the weights left; {told}")
             if over := bench.over(scores, self.slack):
-                bench.note(f"ticket stopped before round {turn} of {self.rounds} ({density:.1%} left): {over}.")
+                bench.fall_short(f"ticket stopped before round {turn} of {self.rounds} ({density:.1%} left): {over}.")
                 return good
             contiguous = {name: mask.contiguous() for name, mask in masks.items()}
             save_file(contiguous, bench.directory / f"masks-round-{turn:02d}.safetensors")

@@ -1,0 +1,128 @@
+"""Widths group by group, each as narrow as every task's budget allows when the cut network is asked.
+
+Source: Ye et al., "Performance-Aware Global Channel Pruning for Multitask CNNs" (PAGCP), T-PAMI 2023: sequential,
+greedy, the cut network itself as the oracle. Other than there, every task has a budget of its own instead of one
+threshold on the worst task's loss; batch norm is estimated anew before the network is asked; and the width is found by
+bisection, at most five questions a group instead of up to nineteen.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from compressor.allocation import kept, ranking
+from compressor.bench import Bench, reestimate_batchnorm
+from compressor.budgets import margins
+from compressor.costs import Costs, Ledger
+from compressor.errors import CompressError
+from compressor.groups import Group, Prunable
+from compressor.model import MultiTaskModel, get_tensor
+from compressor.workload import Batch
+
+MOST_WIDTHS = 31  # a group's choices; bisection asks about five of them
+_TYPICAL = 0.3  # share of its channels that a group's place in the order goes by, as published
+
+Holds = Callable[[Group, Tensor, float], bool]
+"""Whether every task is inside its share (0-1) of what it may lose when only these classes are kept."""
+
+
+def walk(
+    prunable: Prunable, groups: Sequence[Group], value_C: Tensor, goal: Costs, multiple: int,
+    floors: Mapping[str, int], holds: Holds,
+) -> Tensor:
+    """Bool by class: the groups that save most first, each narrowed as far as `holds` allows, until the goal is met.
+
+    A group may use up as much of what is allowed in all as it saves of what all of them could; what it leaves, later
+    ones may use.
+    """
+    ledger, left = Ledger(prunable), ranking(groups, value_C)
+    full = ledger.now
+    worth = {g.name: _saved(ledger.saving(left[g.name][-max(1, round(_TYPICAL * len(g))) :]), full) for g in groups}
+    share = 0.0
+    for group in sorted(groups, key=lambda one: -worth[one.name]):
+        share += worth[group.name] / max(sum(worth.values()), 1e-30)
+        whole = left[group.name]
+        cuts = _cuts(ledger, whole, goal, multiple, floors[group.name])
+        low, high = -1, len(cuts)
+        while high - low > 1:
+            middle = (low + high) // 2
+            left[group.name] = whole[: -cuts[middle]]
+            fits = holds(group, kept(prunable, groups, left), min(share, 1.0))
+            low, high = (middle, high) if fits else (low, middle)
+        left[group.name] = whole if low < 0 else whole[: -cuts[low]]
+        ledger.drop(whole[len(left[group.name]) :])
+    return kept(prunable, groups, left)
+
+
+class Oracle:
+    """Asks cut networks without cutting: weights that read what is gone are zero, and batch norm is estimated anew.
+
+    Attributes:
+        asked: questions so far.
+        stopped: for each group that a budget kept wider than it could have been, the task nearest its end.
+    """
+
+    def __init__(self, model: MultiTaskModel, prunable: Prunable, bench: Bench, batches: int, slack: float) -> None:
+        self._prunable, self._bench, self._slack = prunable, bench, slack
+        self._probe = model.clone()
+        self._state = {name: value.clone() for name, value in model.module.state_dict().items()}
+        self._settling = bench.calibration(batches)
+        self._judging = judging(bench)
+        self._before = bench.scores(bench.original, self._judging)
+        self.asked = 0
+        self.stopped: dict[str, str] = {}
+
+    def scores(self, keep: Tensor) -> dict[str, float]:
+        """Scores with only these classes kept."""
+        self.asked += 1
+        module = self._probe.module
+        module.load_state_dict(self._state)
+        with torch.no_grad():
+            for axis in self._prunable.reads():
+                gone = (~keep[self._prunable.channels.axes[axis]]).nonzero().flatten()
+                get_tensor(module, axis.tensor).index_fill_(axis.dim, gone, 0.0)
+        reestimate_batchnorm(module, self._settling)
+        return self._bench.scores(self._probe, self._judging)
+
+    def holds(self, group: Group, keep: Tensor, share: float) -> bool:
+        """Whether every task keeps inside that share of its slackened budget; what stopped it is remembered."""
+        tasks, budgets = self._bench.original.tasks, self._bench.budgets
+        left = margins(tasks, budgets, self._before, self.scores(keep), self._slack * share)
+        used = {name: left[name] / max(budgets[name].allowed(self._before[name]), 1e-12) for name in left}
+        worst = min(used, key=lambda name: used[name])
+        if used[worst] < 0:
+            self.stopped[group.name] = worst
+        return used[worst] >= 0
+
+
+def judging(bench: Bench) -> list[Batch]:
+    """What a search may look at: the calibrate split where it labels every task with a budget, else the validate split.
+
+    Raises:
+        CompressError: no task has a budget to judge by.
+    """
+    if not bench.budgets:
+        raise CompressError("search = 'sequential' goes by budgets, and the recipe has none; give [budgets].")
+    found = list(bench.workload.batches("calibrate", bench.seed))
+    labelled = {name for batch in found for name in batch.labels}
+    return found if set(bench.budgets) <= labelled else bench.validation
+
+
+def _cuts(ledger: Ledger, left: Sequence[int], goal: Costs, multiple: int, floor: int) -> list[int]:
+    """How many channels may go, ascending, no more than the goal asks for; evenly thinned out where there are many."""
+    found = []
+    first = len(left) % multiple or multiple
+    for count in range(first, len(left) - floor + 1, multiple):
+        if all(now <= wanted for now, wanted in zip(ledger.now, goal, strict=True)):
+            break
+        found.append(count)
+        saved = ledger.saving(left[-count:])
+        if all(now - less <= wanted for now, less, wanted in zip(ledger.now, saved, goal, strict=True)):
+            break
+    picks = torch.linspace(0, len(found) - 1, min(MOST_WIDTHS, len(found))).round().long().tolist()
+    return [found[k] for k in picks]
+
+
+def _saved(saved: Costs, full: Costs) -> float:
+    return sum(part / max(whole, 1) for part, whole in zip(saved, full, strict=True))
