@@ -1,6 +1,6 @@
 """What a stage works with: the data, the original network, its scores, the budgets, and a place to say things."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -29,6 +29,7 @@ class Bench:
         before: the original's scores on the validate split, once it has been scored.
         directory: where a stage may leave files that belong to its result.
         notes: sentences a stage leaves for the report.
+        speed: a model's latency on the device as a share of the original's; None where nobody can measure it.
         short: whether the stage ended short of the goal it was given.
     """
 
@@ -42,6 +43,7 @@ class Bench:
     directory: Path = Path()
     notes: list[str] = field(default_factory=list)
     short: bool = False
+    speed: Callable[[MultiTaskModel], float] | None = None
 
     @cached_property
     def validation(self) -> list[Batch]:

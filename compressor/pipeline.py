@@ -23,6 +23,7 @@ from compressor.recipe import Recipe
 from compressor.record import StageRecord, make_report, sizes_of
 from compressor.report import write
 from compressor.report.schema import Report
+from compressor.speed import Speed
 from compressor.store import Store, key_of, opened
 from compressor.trace import trace
 from compressor.training import Training, train
@@ -88,7 +89,7 @@ def prepare(recipe: Recipe, base: Path, progress: Reporter, *, builds: bool = Tr
     budgets = {name: Budget.parse(text) for name, text in recipe.budgets.items()}
     bench = Bench(workload, model, budgets, device.channel_multiple, recipe.seed, progress)
     records = base / recipe.records
-    read_records(records, device)
+    bench.speed = Speed(model, target, device, recipe.threads[0], recipe.seed, read_records(records, device))
     return Job(recipe, model, bench, target, device, tuple(sets), recipes.fingerprint(recipe, base), records)
 
 

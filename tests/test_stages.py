@@ -525,3 +525,47 @@ def test_pathway_refuses_a_size_the_module_fixes(tmp_path: Path) -> None:
     bench = Bench(tiny.Tiny(), model, {}, 4, 0, tiny.Silent(), directory=tmp_path)
     with pytest.raises(CompressError, match=r"own code fixes a size that would change .* Leave the pathway stage out"):
         Pathway(kind="pathway").run(model, bench)
+
+
+# --- a goal in latency
+
+
+def as_slow_as_its_macs(full: int, power: float) -> object:
+    """A device whose latency is a share of multiply-adds to some power, and 10 % that nothing saves."""
+    return lambda model: 0.1 + 0.9 * (sizes_of(model)[0] / full) ** power
+
+
+@pytest.mark.parametrize("power", [0.6, 1.0])
+@pytest.mark.parametrize("goal", [0.75, 0.5])
+def test_prune_meets_a_goal_in_latency(model: MultiTaskModel, bench: Bench, goal: float, power: float) -> None:
+    bench.speed = as_slow_as_its_macs(sizes_of(model)[0], power)  # type: ignore[assignment]
+    after = prune(latency=goal, rounds=2, round_to=1).run(model, bench)
+    assert 0.9 * goal <= bench.speed(after) <= 1.05 * goal  # type: ignore[misc]
+    assert not bench.short
+
+
+def test_a_latency_goal_that_nothing_reaches_is_said(model: MultiTaskModel, bench: Bench) -> None:
+    bench.speed = lambda _: 0.9
+    prune(latency=0.5, rounds=1).run(model, bench)
+    assert bench.short and bench.notes[-1] == "prune ended at 90.0% of the original's latency instead of 50.0%."
+
+
+def test_a_network_that_is_fast_enough_is_left_as_it_is(model: MultiTaskModel, bench: Bench) -> None:
+    bench.speed = lambda _: 0.4
+    assert prune(latency=0.5, rounds=1).run(model, bench) is model
+    assert bench.notes == ["nothing was pruned: the network takes no more than 50.0% of the latency as it is."]
+
+
+def test_a_latency_goal_needs_a_device(model: MultiTaskModel, bench: Bench) -> None:
+    with pytest.raises(CompressError, match="no device to measure it on"):
+        prune(latency=0.5).run(model, bench)
+
+
+def test_speed_is_a_share_of_the_originals(model: MultiTaskModel) -> None:
+    from networks import cpu_device, host_bits
+
+    from compressor.speed import Speed
+    from targets.cpu import CpuTarget
+
+    speed = Speed(model, CpuTarget(), cpu_device(bits=host_bits()), 1, 0)
+    assert 0.5 < speed(model) < 2.0, "the same network, on a machine that others use"

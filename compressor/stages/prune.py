@@ -1,6 +1,6 @@
 """Global channel pruning inside each task's budget."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal
@@ -22,6 +22,10 @@ from profiles.settings import Settings, did_you_mean
 
 Combine = Literal["max", "sum", "unanimous"]
 
+_CLOSE = 0.05  # a latency goal is met this closely
+_MEASURED = 6  # first guesses that are built and timed
+_CORRECTIONS = 2  # more rounds where the network that was pruned in the end is slower than the guess
+
 LEAST_PRESSURE = 0.1
 """Weight of a task that has not used its budget at all, when another has used exactly its own."""
 
@@ -30,8 +34,10 @@ class Prune(Settings):
     """Remove the channels worth least per multiply-add and parameter they cost, in rounds, until the goal is met.
 
     Attributes:
-        macs, parameters: fraction of what the stage was given to keep (0-1); at least one is needed, every given one
-            is met.
+        macs, parameters: fraction of what the stage was given to keep (0-1).
+        latency: fraction of the original's latency to keep, measured on the device at the recipe's first number of
+            threads, whole networks beside each other; met within 5 %. At least one goal is needed, every given one is
+            met.
         rounds: the goal is approached geometrically; importance is measured anew in each round.
         retries: when a round leaves a budget, so many steps half as far as the one before are tried from the last point
             that kept them all.
@@ -53,6 +59,7 @@ class Prune(Settings):
     kind: Literal["prune"]
     macs: float | None = Field(gt=0, lt=1, default=None)
     parameters: float | None = Field(gt=0, lt=1, default=None)
+    latency: float | None = Field(gt=0, lt=1, default=None)
     rounds: int = Field(ge=1, default=4)
     retries: int = Field(ge=0, default=2)
     search: Literal["value", "sequential", "uniform"] = "value"
@@ -66,8 +73,8 @@ class Prune(Settings):
 
     @model_validator(mode="after")
     def _has_goal(self) -> "Prune":
-        if self.macs is None and self.parameters is None:
-            raise ValueError("a goal is missing: give 'macs', 'parameters' or both, as the fraction to keep")
+        if self.macs is None and self.parameters is None and self.latency is None:
+            raise ValueError("a goal is missing: give 'macs', 'parameters' or 'latency', as the fraction to keep")
         if self.criterion not in CRITERIA:
             raise ValueError(f"no criterion '{self.criterion}'.{did_you_mean(self.criterion, CRITERIA)}")
         return self
@@ -78,20 +85,73 @@ class Prune(Settings):
 
     def run(self, model: MultiTaskModel, bench: Bench) -> MultiTaskModel:
         """The furthest point towards the goal at which every task is inside its (slackened) budget."""
+        if self.latency is None:
+            return self._rounds(model, bench, (self.macs, self.parameters), self.rounds)[0]
+        if bench.speed is None:
+            raise CompressError("prune has a goal in latency, but there is no device to measure it on.")
+        macs = self._macs_for(self.latency, model, bench, bench.speed)
+        if macs == 1 and self.parameters is None:
+            bench.note(f"nothing was pruned: the network takes no more than {self.latency:.1%} of the latency as it is.")
+            return model
+        found, whole = self._rounds(model, bench, (macs, self.parameters), self.rounds)
+        for corrections in range(_CORRECTIONS, -1, -1):
+            reached = bench.speed(found)
+            bench.progress.line(f"  latency {reached:.1%} of the original's")
+            if reached <= self.latency or not whole:
+                break
+            if corrections:  # the channels that went in the end are not those that were measured
+                found, whole = self._rounds(found, bench, (0.99 * self.latency / reached, None), 1)
+        if reached > (1 + _CLOSE) * self.latency:
+            bench.fall_short(f"prune ended at {reached:.1%} of the original's latency instead of {self.latency:.1%}.")
+        return found
+
+    def _macs_for(
+        self, latency: float, model: MultiTaskModel, bench: Bench, speed: Callable[[MultiTaskModel], float]
+    ) -> float:
+        """The share of multiply-adds at which the network, cut without training, takes that share of the latency."""
         start = Prunable.of(model)
         full = start.cost(start.keep_all())
+        multiple, floors = self._widths(start, bench)
+        guess = self.model_copy(update={"search": "value" if self.search == "sequential" else self.search})
+        low, high, share = (0.0, 0.0), (1.0, speed(model)), latency  # (multiply-adds, latency) that do, that do not
+        if high[1] <= latency:
+            return 1.0
+        for _ in range(_MEASURED):
+            goal = _goal(full, (share, self.parameters), 1.0)
+            cut = guess._shrink(model, bench, goal, multiple, floors, {})
+            reached = speed(cut.model)
+            bench.progress.line(f"  {_left(cut.costs, full)}: latency {reached:.1%} of the original's")
+            if (1 - _CLOSE) * latency <= reached <= latency:
+                break
+            low, high = ((share, reached), high) if reached < latency else (low, (share, reached))
+            aim = (1 - _CLOSE / 2) * latency
+            share = low[0] + (high[0] - low[0]) * (aim - low[1]) / max(high[1] - low[1], 1e-6)
+        else:
+            share = low[0] or share
+        return min(share, self.macs or 1.0)
+
+    def _widths(self, start: Prunable, bench: Bench) -> tuple[int, dict[str, int]]:
+        """What widths are multiples of, and the least width of each group."""
         multiple = self.round_to or bench.multiple
-        floors = {
+        return multiple, {
             group.name: max(min(multiple, len(group)), ceil(self.keep_at_least * len(group))) for group in start.groups
         }
+
+    def _rounds(
+        self, model: MultiTaskModel, bench: Bench, fractions: tuple[float | None, float | None], rounds: int
+    ) -> tuple[MultiTaskModel, bool]:
+        """The furthest point towards fractions of what is given, and whether that is all the way."""
+        start = Prunable.of(model)
+        full = start.cost(start.keep_all())
+        multiple, floors = self._widths(start, bench)
         good, sizes, pressure, why = model, full, dict[str, float](), ""
         done, failed, turn, tries = 0.0, 0.0, 0, self.retries
         while done < 1:
             turn += 1
-            aim = (done + failed) / 2 if failed else turn / self.rounds
-            goal = self._goal(full, aim)
+            aim = (done + failed) / 2 if failed else turn / rounds
+            goal = _goal(full, fractions, aim)
             cut = self._shrink(good, bench, goal, multiple, floors, pressure)
-            title = f"prune {turn}/{self.rounds}" if not failed else f"prune, a smaller step ({tries} left)"
+            title = f"prune {turn}/{rounds}" if not failed else f"prune, a smaller step ({tries} left)"
             if self.recover and self.recover.steps:  # which leaves batch norm better estimated than a few batches would
                 train(cut.model, bench, self.recover, title, bench.seed + turn)
             else:
@@ -106,17 +166,13 @@ class Prune(Settings):
                 good, sizes, done, pressure = cut.model, cut.costs, aim, spent(bench, scores)
                 if _short(sizes, goal):
                     bench.fall_short(f"prune ended short of its goal, at {_left(sizes, full)}: {self._stuck(cut)}.")
-                    return good
+                    return good, False
             if failed:
                 if not tries:
                     bench.fall_short(f"prune stopped short of its goal, at {_left(sizes, full)}: {why}.")
-                    return good
+                    return good, False
                 tries -= 1
-        return good
-
-    def _goal(self, full: Costs, share: float) -> Costs:
-        macs, parameters = (1.0 if fraction is None else fraction**share for fraction in (self.macs, self.parameters))
-        return int(full[0] * macs), int(full[1] * parameters)
+        return good, True
 
     def _stuck(self, cut: "_Shrunk") -> str:
         if cut.stopped:
@@ -215,6 +271,11 @@ def _relative_budget(bench: Bench, task: str) -> float:
     if task not in bench.budgets or not before:
         return 1.0
     return min(1.0, max(bench.budgets[task].allowed(before) / before, 1e-4))
+
+
+def _goal(full: Costs, fractions: tuple[float | None, float | None], share: float) -> Costs:
+    macs, parameters = (1.0 if fraction is None else fraction**share for fraction in fractions)
+    return int(full[0] * macs), int(full[1] * parameters)
 
 
 def _left(costs: Costs, full: Costs) -> str:

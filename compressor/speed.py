@@ -1,0 +1,55 @@
+"""How fast a network is on the device, while it is being compressed: built, opened and timed beside the original."""
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from compressor.export import to_program
+from compressor.model import MultiTaskModel
+from compressor.pathway import extract
+from profiles.device import Device
+from profiles.measure import interleave, ratio
+from targets.base import Runner, Target
+from targets.records import NONE, Records
+
+_SECONDS, _SAMPLES, _WARMUP_SECONDS = 3.0, 64, 0.3
+
+
+@dataclass
+class Speed:
+    """Times whole networks, all tasks together, as the target builds them for the device; one input, example values.
+
+    Attributes:
+        threads: of every inference.
+    """
+
+    original: MultiTaskModel
+    target: Target
+    device: Device
+    threads: int
+    seed: int
+    records: Records = field(default_factory=lambda: NONE)
+    _dense: Runner | None = field(default=None, init=False)
+
+    def __call__(self, model: MultiTaskModel) -> float:
+        """The model's latency over the original's, both on the device: the median of interleaved pairs.
+
+        Raises:
+            TargetError: this machine cannot run what is built for the device.
+        """
+        if self._dense is None:
+            self._dense = self._built(self.original)
+        arrays = [tensor.numpy() for tensor in model.inputs]
+        dense, own = self._dense, self._built(model)
+        seen = interleave(
+            {"own": lambda: own(*arrays), "dense": lambda: dense(*arrays)},
+            warmup_s=_WARMUP_SECONDS, min_samples=_SAMPLES, max_seconds=_SECONDS, seed=self.seed,
+        )
+        return ratio(seen["own"], seen["dense"]).value
+
+    def _built(self, model: MultiTaskModel) -> Runner:
+        program = to_program(extract(model, [task.name for task in model.tasks]), model.inputs)[1]
+        with tempfile.TemporaryDirectory(prefix="taskpress-") as folder:
+            plan = self.target.plan(program, self.device, self.records)
+            built = self.target.build(plan, Path(folder) / "network", {}, {})
+            return self.target.load(built, self.threads)
