@@ -91,7 +91,7 @@ class Prune(Settings):
             raise CompressError("prune has a goal in latency, but there is no device to measure it on.")
         macs = self._macs_for(self.latency, model, bench, bench.speed)
         if macs == 1 and self.parameters is None:
-            bench.note(f"nothing was pruned: the network takes no more than {self.latency:.1%} of the latency as it is.")
+            bench.note(f"nothing was pruned: the latency is within {self.latency:.1%} of the original's as it is.")
             return model
         found, whole = self._rounds(model, bench, (macs, self.parameters), self.rounds)
         for corrections in range(_CORRECTIONS, -1, -1):
