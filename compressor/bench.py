@@ -28,6 +28,7 @@ class Bench:
         multiple: layer widths are rounded to multiples of this (the device's vector width).
         before: the original's scores on the validate split, once it has been scored.
         directory: where a stage may leave files that belong to its result.
+        checkpoints: where trainings leave their state while a stage is not finished; None keeps none.
         notes: sentences a stage leaves for the report.
         speed: a model's latency on the device as a share of the original's; None where nobody can measure it.
         short: whether the stage ended short of the goal it was given.
@@ -41,6 +42,7 @@ class Bench:
     progress: Reporter
     before: Mapping[str, float] = field(default_factory=dict)
     directory: Path = Path()
+    checkpoints: Path | None = None
     notes: list[str] = field(default_factory=list)
     short: bool = False
     speed: Callable[[MultiTaskModel], float] | None = None

@@ -164,6 +164,7 @@ def _compress(job: Job, store: Store) -> tuple[MultiTaskModel, list[StageRecord]
         bench.progress.line(f"Stage {index + 1} ({stage.kind})" + (", done before" if resumed else ""))
         if facts is None:
             facts = {}
+            bench.checkpoints = store.partial(entry, key)
             with store.entry(entry, key, facts) as folder:
                 begun = time.monotonic()
                 bench.directory, bench.notes, bench.short = folder, [], False
@@ -179,6 +180,7 @@ def _compress(job: Job, store: Store) -> tuple[MultiTaskModel, list[StageRecord]
                     "short": bench.short,
                 }
                 model.save(folder)
+            store.drop_partial()
         else:
             model = MultiTaskModel.load(store.path(entry, key), bench.workload)
         records.append(StageRecord(index, stage.kind, key, resumed=resumed, **facts))

@@ -22,6 +22,8 @@ FACTS = "facts.json"
 LEFTOVERS = ("work/.new-*", "artifacts/.*", ".report.*")
 """What a killed run may leave: unfinished entries, artifacts and reports, none of them under its final name."""
 
+_PARTIAL = ".partial-"
+
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -48,6 +50,18 @@ class Store:
             return found if found.pop("key") == key else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CompressError(f"'{file}' is damaged ({error}). Remove its folder, or use --no-resume.") from error
+
+    def partial(self, kind: str, key: str) -> Path:
+        """Where an entry that is being made may keep what a killed run goes on from; other entries' leftovers go."""
+        folder = self.directory / "work" / f"{_PARTIAL}{kind}-{key[:16]}"
+        self.drop_partial(but=folder)
+        return folder
+
+    def drop_partial(self, but: Path | None = None) -> None:
+        """Remove what entries left while they were being made."""
+        for folder in self.directory.glob(f"work/{_PARTIAL}*"):
+            if folder != but:
+                shutil.rmtree(folder)
 
     @contextmanager
     def entry(self, kind: str, key: str, facts: dict[str, Any]) -> Iterator[Path]:

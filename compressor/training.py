@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -9,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compressor.bench import Bench, running_norms
+from compressor.checkpoint import Checkpoint
 from compressor.errors import CompressError
 from compressor.model import MultiTaskModel
 from compressor.workload import Batch
@@ -56,7 +58,8 @@ def train(
 ) -> dict[str, Tensor] | None:
     """Train in place, masks held; returns the state after `snapshot` steps when asked for.
 
-    Batch norm's running statistics are averages over the last steps.
+    Batch norm's running statistics are averages over the last steps. A training that was killed goes on at its last
+    checkpoint, where the bench has a place for them, and ends as if nothing had happened.
 
     Raises:
         CompressError: the loss is not finite, a batch offers nothing to learn, or a loss weight is for no known task.
@@ -64,6 +67,7 @@ def train(
     names = [task.name for task in model.tasks]
     if unknown := sorted(set(how.loss_weights) - set(names)):
         raise CompressError(f"loss_weights: no task '{unknown[0]}'.{did_you_mean(unknown[0], names)}")
+    checkpoint = Checkpoint(bench.checkpoints, model, title, how.model_dump(), seed, snapshot)
     torch.manual_seed(seed)
     _lay_out(model.module, torch.channels_last)
     parameters = [p for p in model.module.parameters() if p.requires_grad]
@@ -76,10 +80,13 @@ def train(
     )
     held = [(p, model.masks[name]) for name, p in model.module.named_parameters() if name in model.masks]
     saved = _snapshot(model) if snapshot == 0 else None
+    done, earlier = checkpoint.restore(model, optimiser)
+    saved = earlier or saved
     norms = running_norms(model.module)
     momenta = [norm.momentum for norm in norms]
     settling = max(0, how.steps - max(SETTLING_STEPS, round(SETTLING_SHARE * how.steps)))
-    for step, batch in enumerate(bench.progress.track(_batches(bench, how.steps, seed), title, how.steps)):
+    batches = islice(_batches(bench, how.steps, seed), done, None)
+    for step, batch in enumerate(bench.progress.track(batches, title, how.steps - done), done):
         if step >= settling:
             for norm in norms:
                 norm.momentum = 1 / (step - settling + 1)
@@ -101,6 +108,7 @@ def train(
                 parameter.mul_(mask)
         if snapshot == step + 1:
             saved = _snapshot(model)
+        checkpoint.keep(step + 1, model, optimiser, saved, last=step + 1 == how.steps)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.module.eval()

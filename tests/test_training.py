@@ -9,6 +9,8 @@ import tiny
 import torch
 from torch import nn
 
+import compressor.checkpoint as checkpoint_module
+import compressor.training as training_module
 from compressor.bench import Bench, reestimate_batchnorm, rehearse
 from compressor.errors import CompressError
 from compressor.model import MultiTaskModel
@@ -259,3 +261,55 @@ def test_what_cannot_be_scored_is_told(
     del bench.validation
     with pytest.raises(CompressError, match=message):
         bench.scores(trained)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [0, 3, 7, 9])
+def test_a_training_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
+    trained: MultiTaskModel, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """With dropout, so that the random generator matters, masks held, and a snapshot taken on the way."""
+    how = Training(steps=10, learning_rate=5e-3, weight_decay=0.1)
+    start = disturbed(trained)
+    start.module.stem.append(nn.Dropout(0.2))
+    start.masks = {"down.0.weight": torch.rand(start.module.down[0].weight.shape) > 0.3}
+    whole = start.clone()
+    wanted = train(whole, bench, how, "x", 0, snapshot=2)
+    bench.checkpoints = tmp_path / "checkpoints"
+    monkeypatch.setattr(checkpoint_module, "SECONDS", 0.0)
+    plain = training_module._loss
+    calls = iter(range(100))
+
+    def deadly(*args: object) -> torch.Tensor:
+        if next(calls) == at:
+            raise Killed
+        return plain(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training_module, "_loss", deadly)
+    with pytest.raises(Killed):
+        train(start.clone(), bench, how, "x", 0, snapshot=2)
+    steps: list[int] = []
+    monkeypatch.setattr(training_module, "_loss", lambda *args: steps.append(1) or plain(*args))  # type: ignore[func-returns-value]
+    again = start.clone()
+    found = train(again, bench, how, "x", 0, snapshot=2)
+    assert len(steps) == 10 - at, "what was done is not done again"
+    for one, other in ((state(whole), state(again)), (wanted, found)):
+        assert one is not None and other is not None and one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    train(start.clone(), bench, how, "x", 0, snapshot=2)
+    assert len(steps) == 10 - at, "a training that is over is not repeated"
+    train(start.clone(), bench, how.model_copy(update={"learning_rate": 1e-3}), "x", 0)
+    train(disturbed(start, 0.01), bench, how, "x", 0, snapshot=2)
+    assert len(steps) == 30 - at, "other settings or weights are another training"
+
+
+def test_a_damaged_checkpoint_is_refused(trained: MultiTaskModel, bench: Bench, tmp_path: Path) -> None:
+    bench.checkpoints = tmp_path / "checkpoints"
+    train(trained.clone(), bench, Training(steps=1), "x", 0)
+    [file] = bench.checkpoints.iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CompressError, match=r"training-.*safetensors' is damaged .* Remove it, or use --no-resume"):
+        train(trained.clone(), bench, Training(steps=1), "x", 0)

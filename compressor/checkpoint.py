@@ -1,0 +1,85 @@
+"""A training's state on disk, so that one that was killed goes on at its last checkpoint, bit for bit."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from compressor.errors import CompressError
+from compressor.model import MultiTaskModel
+
+SECONDS = 30.0  # between checkpoints
+_STEP, _CHANCE = "step", "chance"
+_WEIGHT, _SNAPSHOT, _OPTIMISER = "weight.", "snapshot.", "optimiser."
+
+
+class Checkpoint:
+    """One training's: known by where it starts (weights, masks), its settings, seed and code.
+
+    The file holds weights, a snapshot where one was taken, the optimiser's moments, the random generator and the number
+    of steps done. It also stays when the training is over, so that a stage which was killed later repeats nothing.
+    """
+
+    def __init__(self, folder: Path | None, model: MultiTaskModel, title: str, *about: object) -> None:
+        self._written = time.monotonic()
+        self._file: Path | None = None
+        if folder is not None:
+            sha = hashlib.sha256(json.dumps([title, *about], sort_keys=True).encode())
+            for name, tensor in (*model.module.state_dict().items(), *sorted(model.masks.items())):
+                sha.update(name.encode())
+                sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            self._file = folder / f"training-{sha.hexdigest()[:24]}.safetensors"
+
+    def restore(self, model: MultiTaskModel, optimiser: Optimizer) -> tuple[int, dict[str, Tensor] | None]:
+        """Bring both to where they were; the steps done (0 where there is no checkpoint), and the snapshot if one was.
+
+        Raises:
+            CompressError: the file was damaged.
+        """
+        if self._file is None or not self._file.is_file():
+            return 0, None
+        try:
+            with safe_open(self._file, "pt") as file:
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            model.module.load_state_dict(_under(found, _WEIGHT))
+            for index, parameter in enumerate(_parameters(optimiser)):
+                moments = _under(found, f"{_OPTIMISER}{index}.")
+                for name, value in moments.items():
+                    like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
+                    optimiser.state[parameter][name] = like.copy_(value)
+            torch.set_rng_state(found[_CHANCE])
+            return int(found[_STEP]), _under(found, _SNAPSHOT) or None
+        except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+            raise CompressError(f"'{self._file}' is damaged ({error}). Remove it, or use --no-resume.") from error
+
+    def keep(
+        self, step: int, model: MultiTaskModel, optimiser: Optimizer, snapshot: dict[str, Tensor] | None, last: bool
+    ) -> None:
+        """Write the state after so many steps, if enough time has gone by or it is the last."""
+        if self._file is None or not (last or time.monotonic() - self._written > SECONDS):
+            return
+        state = {_STEP: torch.tensor(step), _CHANCE: torch.get_rng_state()}
+        state |= {_WEIGHT + name: value for name, value in model.module.state_dict().items()}
+        state |= {_SNAPSHOT + name: value for name, value in (snapshot or {}).items()}
+        for index, parameter in enumerate(_parameters(optimiser)):
+            for name, value in optimiser.state.get(parameter, {}).items():
+                state[f"{_OPTIMISER}{index}.{name}"] = torch.as_tensor(value)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        draft = self._file.with_suffix(".draft")
+        save_file({name: value.detach().cpu().clone().contiguous() for name, value in state.items()}, draft)
+        draft.replace(self._file)
+        self._written = time.monotonic()
+
+
+def _parameters(optimiser: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimiser.param_groups for parameter in group["params"]]
+
+
+def _under(found: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
