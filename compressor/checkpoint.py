@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from compressor.errors import CompressError
 from compressor.model import MultiTaskModel
+from compressor.store import writing
 
 SECONDS = 30.0  # between checkpoints
 _STEP, _CHANCE = "step", "chance"
@@ -61,7 +63,11 @@ class Checkpoint:
     def keep(
         self, step: int, model: MultiTaskModel, optimiser: Optimizer, snapshot: dict[str, Tensor] | None, last: bool
     ) -> None:
-        """Write the state after so many steps, if enough time has gone by or it is the last."""
+        """Write the state after so many steps, if enough time has gone by or it is the last.
+
+        Raises:
+            CompressError: the disk refuses; nothing half-written is left.
+        """
         if self._file is None or not (last or time.monotonic() - self._written > SECONDS):
             return
         state = {_STEP: torch.tensor(step), _CHANCE: torch.get_rng_state()}
@@ -70,10 +76,17 @@ class Checkpoint:
         for index, parameter in enumerate(_parameters(optimiser)):
             for name, value in optimiser.state.get(parameter, {}).items():
                 state[f"{_OPTIMISER}{index}.{name}"] = torch.as_tensor(value)
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         draft = self._file.with_suffix(".draft")
-        save_file({name: value.detach().cpu().clone().contiguous() for name, value in state.items()}, draft)
-        draft.replace(self._file)
+        with writing(self._file):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file({name: value.detach().cpu().clone().contiguous() for name, value in state.items()}, draft)
+                draft.replace(self._file)
+            except BaseException:
+                draft.unlink(missing_ok=True)
+                with suppress(OSError):  # other trainings' files are in it
+                    self._file.parent.rmdir()
+                raise
         self._written = time.monotonic()
 
 

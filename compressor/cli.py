@@ -60,7 +60,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
             typer.echo(f"compress: {error}", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
-            typer.echo("compress: stopped; the same command goes on from the last finished stage.", err=True)
+            typer.echo("compress: stopped; the same command goes on from its last checkpoint.", err=True)
             raise typer.Exit(INTERRUPTED) from error
         except (typer.Exit, BrokenPipeError):
             raise

@@ -235,4 +235,4 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(pipeline, "_compress", interrupt)
     result = compress("run", tiny.recipe(tmp_path), "--out", tmp_path / "out")
     assert result.exit_code == 130
-    assert result.stderr.endswith("compress: stopped; the same command goes on from the last finished stage.\n")
+    assert result.stderr.endswith("compress: stopped; the same command goes on from its last checkpoint.\n")
