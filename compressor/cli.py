@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compressor.console import print_json, print_plan, print_profile, print_report, print_table, print_tuned
+from compressor.console import (
+    print_json,
+    print_plan,
+    print_profile,
+    print_report,
+    print_sweep,
+    print_table,
+    print_tuned,
+)
 from compressor.errors import CompressError
 from profiles.errors import ProfileError
 from targets.errors import TargetError
@@ -216,6 +224,31 @@ def tune(
         print_json([asdict(row) for row in tuned])
         return
     print_tuned(tuned)
+
+
+@verb
+def sweep(
+    recipe: RecipePath,
+    trials: Annotated[int, typer.Option(min=1, help="Finished trials wanted; earlier ones count.")] = 20,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The sweep's folder.")] = Path("runs/sweep"),
+    overrides: Overrides = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that run trials side by side.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Search a recipe's [sweep] settings for the least work inside the budgets; goes on where it was stopped."""
+    from dataclasses import asdict
+
+    from compressor import sweep as sweeps
+    from compressor.progress import Reporter
+
+    path = recipe / "recipe.toml" if recipe.is_dir() else recipe
+    found = sweeps.sweep(path, overrides or [], out, trials, workers, Reporter())
+    if as_json:
+        print_json(asdict(found))
+    else:
+        print_sweep(found, out)
+    if found.chosen is None:
+        raise typer.Exit(OUTSIDE_BUDGET)
 
 
 @verb

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compressor.report.schema import Report
+    from compressor.sweep import Sweep
     from compressor.tuning import Tuned
 
 
@@ -133,3 +134,29 @@ def print_tuned(tuned: "Sequence[Tuned]") -> None:
         ],
     )
     sys.stdout.write(f"{len(tuned)} layers measured, {len(changed)} with another kernel than untuned\n")
+
+
+def print_sweep(found: "Sweep", folder: Path) -> None:
+    """The Pareto front by work; the point that was chosen is marked."""
+    front = [point for point in found.trials if point.front]
+    print_table(
+        ("trial", "work left", "least of a budget", "", "settings"),
+        [
+            (
+                str(point.number),
+                f"{point.work:.1%}",
+                f"{point.margin:+.0%}",
+                "chosen" if point.number == found.chosen else "",
+                ", ".join(f"{key}={value}" for key, value in point.settings.items()),
+            )
+            for point in front
+        ],
+        figures=False,
+    )
+    for number, why in found.failed.items():
+        sys.stdout.write(f"trial {number} failed: {why}\n")
+    done = f"{len(found.trials)} trials finished, {len(front)} on the front"
+    if found.chosen is None:
+        sys.stdout.write(f"{done}; none keeps every task inside its budget.\n")
+    else:
+        sys.stdout.write(f"{done}; the recipe of trial {found.chosen} is {folder / 'chosen.toml'}\n")

@@ -125,6 +125,24 @@ def run(job: Job, out: Path, command: str, resume: bool = True) -> Report:
     return report
 
 
+def compress(job: Job, out: Path) -> tuple[MultiTaskModel, dict[str, float]]:
+    """Run the stages alone in a run's folder: the compressed model and its scores; finished stages are not repeated.
+
+    Raises:
+        CompressError: as `run`.
+    """
+    with opened(out, resume=True) as store:
+        job.bench.before = _scored(job, store)
+        model, stages = _compress(job, store)
+    return model, stages[-1].scores if stages else dict(job.bench.before)
+
+
+def work_left(original: MultiTaskModel, model: MultiTaskModel) -> float:
+    """The share of multiply-adds that is left, times the share of the weights left that is not zero."""
+    (before, _, _), (macs, parameters, nonzero) = sizes_of(original), sizes_of(model)
+    return macs / before * nonzero / parameters
+
+
 def tune(job: Job, out: Path, command: str, seconds: float) -> tuple[list[Tuned], Report]:
     """Run the job, time the kernels of its artifacts, keep the times in the recipe's records, and run it again.
 

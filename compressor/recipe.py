@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import Field, InstanceOf, ValidationError, field_validator
+from pydantic import Field, InstanceOf, ValidationError, field_validator, model_validator
 
 from compressor.budgets import Budget
 from compressor.errors import CompressError
@@ -46,6 +46,28 @@ class MeasureTable(Settings):
     warmup_seconds: float = Field(ge=0, default=1.0)
 
 
+class Choices(Settings):
+    """What a sweep may set a setting to: numbers from `low` to `high` (whole ones if both are), or one of `choices`.
+
+    `log`: by orders of magnitude.
+    """
+
+    low: int | float | None = None
+    high: int | float | None = None
+    log: bool = False
+    choices: tuple[str | int | float | bool, ...] = ()
+
+    @model_validator(mode="after")
+    def _is_one_of_both(self) -> "Choices":
+        if bool(self.choices) == (self.low is not None and self.high is not None):
+            raise ValueError("give 'low' and 'high', or 'choices'")
+        if self.low is not None and self.high is not None and not self.low < self.high:
+            raise ValueError("'low' is less than 'high'")
+        if self.log and not (self.low or 0) > 0:
+            raise ValueError("'log' needs a 'low' above 0")
+        return self
+
+
 class Recipe(Settings):
     """The whole recipe.
 
@@ -55,6 +77,7 @@ class Recipe(Settings):
         task_sets: which pathways become artifacts: "each" task alone, "all" together, or lists of names.
         stages: in order; `load` makes each from its table and STAGES.
         verify_inputs: how many validation inputs climb the verification ladder.
+        sweep: what `compress sweep` may set, by the names that `--set` takes; `run` does not look at it.
     """
 
     name: str
@@ -69,6 +92,7 @@ class Recipe(Settings):
     budgets: Mapping[str, str | float] = {}
     stages: tuple[InstanceOf[Stage], ...] = ()
     measure: MeasureTable = MeasureTable()
+    sweep: Mapping[str, Choices] = {}
 
     @field_validator("budgets")
     @classmethod
@@ -94,16 +118,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
     Raises:
         CompressError: with every fault at once, one line each.
     """
-    if path.is_dir():
-        path = path / "recipe.toml"
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CompressError(f"There is no recipe to read at {path}: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise CompressError(f"{path} is not TOML: {error}.") from None
-    for text in overrides:
-        _override(raw, text)
+    path, raw = _read(path, overrides)
     raw.setdefault("name", path.resolve().parent.name)
     stages, found = _stages(raw.get("stages", []))
     try:
@@ -115,6 +130,42 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
             f"{path} has {len(found)} fault{'s' * (len(found) > 1)}:\n" + "\n".join(f"  {f}" for f in found)
         )
     return recipe, path.resolve().parent
+
+
+def portable(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The recipe with its overrides as plain tables that mean the same in any folder: files named absolutely, no sweep.
+
+    Raises:
+        CompressError: as `load`.
+    """
+    load(path, overrides)
+    path, raw = _read(path, overrides)
+    base = path.resolve().parent
+    raw.setdefault("name", base.name)
+    raw.pop("sweep", None)
+    table = raw["workload"]
+    where, colon, name = table["factory"].partition(":")
+    if (base / where).is_file():
+        table["factory"] = f"{(base / where).resolve()}{colon}{name}"
+    if "checkpoint" in table:
+        table["checkpoint"] = str((base / table["checkpoint"]).resolve())
+    table["paths"] = {key: str((base / value).resolve()) for key, value in table.get("paths", {}).items()}
+    raw["records"] = str((base / raw.get("records", Recipe.model_fields["records"].default)).resolve())
+    return raw
+
+
+def _read(path: Path, overrides: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    if path.is_dir():
+        path = path / "recipe.toml"
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CompressError(f"There is no recipe to read at {path}: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise CompressError(f"{path} is not TOML: {error}.") from None
+    for text in overrides:
+        _override(raw, text)
+    return path, raw
 
 
 def _stages(tables: object) -> tuple[list[Stage], list[str]]:
