@@ -18,14 +18,15 @@ from compressor.store import writing
 
 SECONDS = 30.0  # between checkpoints
 _STEP, _CHANCE = "step", "chance"
-_WEIGHT, _SNAPSHOT, _OPTIMISER = "weight.", "snapshot.", "optimiser."
+_WEIGHT, _SNAPSHOT, _OPTIMISER, _OTHER = "weight.", "snapshot.", "optimiser.", "other."
 
 
 class Checkpoint:
     """One training's: known by where it starts (weights, masks), its settings, seed and code.
 
-    The file holds weights, a snapshot where one was taken, the optimiser's moments, the random generator and the number
-    of steps done. It also stays when the training is over, so that a stage which was killed later repeats nothing.
+    The file holds weights, a snapshot where one was taken, the optimiser's moments, the state of loss weights, the
+    random generator and the number of steps done. It also stays when the training is over, so that a stage which was
+    killed later repeats nothing.
     """
 
     def __init__(self, folder: Path | None, model: MultiTaskModel, title: str, *about: object) -> None:
@@ -38,8 +39,12 @@ class Checkpoint:
                 sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
             self._file = folder / f"training-{sha.hexdigest()[:24]}.safetensors"
 
-    def restore(self, model: MultiTaskModel, optimiser: Optimizer) -> tuple[int, dict[str, Tensor] | None]:
-        """Bring both to where they were; the steps done (0 where there is no checkpoint), and the snapshot if one was.
+    def restore(
+        self, model: MultiTaskModel, optimiser: Optimizer, others: dict[str, Tensor]
+    ) -> tuple[int, dict[str, Tensor] | None]:
+        """Bring all to where they were, `others` in place.
+
+        Returns the steps done (0 where there is no checkpoint), and the snapshot if one was taken.
 
         Raises:
             CompressError: the file was damaged.
@@ -55,13 +60,16 @@ class Checkpoint:
                 for name, value in moments.items():
                     like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
                     optimiser.state[parameter][name] = like.copy_(value)
+            for name, value in _under(found, _OTHER).items():
+                others[name].copy_(value)
             torch.set_rng_state(found[_CHANCE])
             return int(found[_STEP]), _under(found, _SNAPSHOT) or None
         except (SafetensorError, OSError, KeyError, RuntimeError) as error:
             raise CompressError(f"'{self._file}' is damaged ({error}). Remove it, or use --no-resume.") from error
 
     def keep(
-        self, step: int, model: MultiTaskModel, optimiser: Optimizer, snapshot: dict[str, Tensor] | None, last: bool
+        self, step: int, model: MultiTaskModel, optimiser: Optimizer, others: dict[str, Tensor],
+        snapshot: dict[str, Tensor] | None, last: bool,
     ) -> None:
         """Write the state after so many steps, if enough time has gone by or it is the last.
 
@@ -72,6 +80,7 @@ class Checkpoint:
             return
         state = {_STEP: torch.tensor(step), _CHANCE: torch.get_rng_state()}
         state |= {_WEIGHT + name: value for name, value in model.module.state_dict().items()}
+        state |= {_OTHER + name: value for name, value in others.items()}
         state |= {_SNAPSHOT + name: value for name, value in (snapshot or {}).items()}
         for index, parameter in enumerate(_parameters(optimiser)):
             for name, value in optimiser.state.get(parameter, {}).items():

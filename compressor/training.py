@@ -13,10 +13,12 @@ from compressor.bench import Bench, running_norms
 from compressor.checkpoint import Checkpoint
 from compressor.errors import CompressError
 from compressor.model import MultiTaskModel
+from compressor.weighting import Rule, Weighting
 from compressor.workload import Batch
 from profiles.settings import Settings, did_you_mean
 
 LARGEST_GRADIENT = 5.0
+SHORTEST_WINDOW = 10
 SETTLING_SHARE, SETTLING_STEPS = 0.1, 20
 """The last steps of a training (this share of them, and no fewer than this number), in which weights hardly move any
 more: batch norm's running statistics become the plain average over them. The usual exponential average sees about
@@ -34,6 +36,8 @@ class Training(Settings):
             distillation in with `distill_weight` everywhere, "only" looks at no label (for labels that are worse than
             the original's answers), "never" leaves unlabelled tasks alone.
         loss_weights: factor of each task's loss; 1 where none is given.
+        weighting: what else a task's loss is weighed by: nothing ("fixed"), a learnt uncertainty, or its progress over
+            the last windows of a twentieth of the steps (`compressor/weighting.py`).
         precision: "bf16" runs the forward pass under autocast; "auto" does so where the processor multiplies bfloat16
             (AMX or AVX512-BF16), so its weights differ between machines. Scores are always taken in fp32.
     """
@@ -45,6 +49,7 @@ class Training(Settings):
     distill: Literal["missing", "always", "only", "never"] = "missing"
     distill_weight: float = Field(ge=0, default=1.0)
     loss_weights: Mapping[str, float] = {}
+    weighting: Rule = "fixed"
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
 
     @property
@@ -73,14 +78,16 @@ def train(
     parameters = [p for p in model.module.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.dim() > 1]
     plain = [p for p in parameters if p.dim() <= 1]
+    weighting = Weighting(how.weighting, names, how.loss_weights, max(SHORTEST_WINDOW, how.steps // 20))
+    learnt = [*plain, *weighting.parameters]
     optimiser = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": how.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        [{"params": decayed, "weight_decay": how.weight_decay}, {"params": learnt, "weight_decay": 0.0}],
         lr=how.learning_rate,
         fused=True,
     )
     held = [(p, model.masks[name]) for name, p in model.module.named_parameters() if name in model.masks]
     saved = _snapshot(model) if snapshot == 0 else None
-    done, earlier = checkpoint.restore(model, optimiser)
+    done, earlier = checkpoint.restore(model, optimiser, weighting.state())
     saved = earlier or saved
     norms = running_norms(model.module)
     momenta = [norm.momentum for norm in norms]
@@ -93,7 +100,7 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = how.learning_rate * _schedule(step, how)
         model.module.train()
-        loss = _loss(model, bench, how, batch)
+        loss = weighting.total(_losses(model, bench, how, batch), step)
         if not loss.isfinite():
             raise CompressError(f"{title}: the loss became {loss.item()} at step {step}; lower learning_rate.")
         optimiser.zero_grad(set_to_none=True)
@@ -108,7 +115,7 @@ def train(
                 parameter.mul_(mask)
         if snapshot == step + 1:
             saved = _snapshot(model)
-        checkpoint.keep(step + 1, model, optimiser, saved, last=step + 1 == how.steps)
+        checkpoint.keep(step + 1, model, optimiser, weighting.state(), saved, last=step + 1 == how.steps)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.module.eval()
@@ -144,29 +151,26 @@ def _batches(bench: Bench, steps: int, seed: int) -> Iterator[Batch]:
         epoch += 1
 
 
-def _loss(model: MultiTaskModel, bench: Bench, how: Training, batch: Batch) -> Tensor:
+def _losses(model: MultiTaskModel, bench: Bench, how: Training, batch: Batch) -> dict[str, Tensor]:
+    """Each task's loss where the batch has one: of its label, of distillation, or of both."""
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how.halves):
         raw = model.answers(*batch.inputs)
     answers = {name: answer.float() if answer.is_floating_point() else answer for name, answer in raw.items()}
     losses = dict(bench.workload.losses(answers, batch)) if batch.labels and how.distill != "only" else {}
     teachable = {name for name, answer in answers.items() if answer.requires_grad}
     distilled = set() if how.distill == "never" else teachable if how.distill != "missing" else teachable - set(losses)
-    terms = [how.loss_weights.get(name, 1.0) * loss for name, loss in losses.items()]
     if distilled:
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=how.halves):
             taught = bench.original.answers(*batch.inputs)
-        terms += [
-            how.distill_weight * how.loss_weights.get(name, 1.0) * _gap(answers[name], taught[name].float())
-            for name in answers
-            if name in distilled
-        ]
-    total = torch.stack(terms).sum() if terms else torch.zeros(())
-    if not total.requires_grad:
+        for name in (name for name in answers if name in distilled):
+            gap = how.distill_weight * _gap(answers[name], taught[name].float())
+            losses[name] = losses[name] + gap if name in losses else gap
+    if not any(loss.requires_grad for loss in losses.values()):
         raise CompressError(
             f"A training batch offers nothing to learn: labels for {', '.join(batch.labels) or 'no task'}, "
             f"distill = '{how.distill}'. Label it, or use distill = 'missing'."
         )
-    return total
+    return losses
 
 
 def _gap(answer: Tensor, taught: Tensor) -> Tensor:

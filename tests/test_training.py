@@ -15,6 +15,7 @@ from compressor.bench import Bench, reestimate_batchnorm, rehearse
 from compressor.errors import CompressError
 from compressor.model import MultiTaskModel
 from compressor.training import Training, _gap, train
+from compressor.weighting import Rule, Weighting
 from compressor.workload import Batch, Split
 
 
@@ -267,12 +268,13 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [0, 3, 7, 9])
+@pytest.mark.parametrize("weighting", ["fixed", "uncertainty", "progress"])
+@pytest.mark.parametrize("at", [0, 3, 13])
 def test_a_training_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
-    trained: MultiTaskModel, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+    trained: MultiTaskModel, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, weighting: Rule
 ) -> None:
     """With dropout, so that the random generator matters, masks held, and a snapshot taken on the way."""
-    how = Training(steps=10, learning_rate=5e-3, weight_decay=0.1)
+    how = Training(steps=24, learning_rate=5e-3, weight_decay=0.1, weighting=weighting)
     start = disturbed(trained)
     start.module.stem.append(nn.Dropout(0.2))
     start.masks = {"down.0.weight": torch.rand(start.module.down[0].weight.shape) > 0.3}
@@ -280,30 +282,30 @@ def test_a_training_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
     wanted = train(whole, bench, how, "x", 0, snapshot=2)
     bench.checkpoints = tmp_path / "checkpoints"
     monkeypatch.setattr(checkpoint_module, "SECONDS", 0.0)
-    plain = training_module._loss
+    plain = training_module._losses
     calls = iter(range(100))
 
-    def deadly(*args: object) -> torch.Tensor:
+    def deadly(*args: object) -> dict[str, torch.Tensor]:
         if next(calls) == at:
             raise Killed
         return plain(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(training_module, "_loss", deadly)
+    monkeypatch.setattr(training_module, "_losses", deadly)
     with pytest.raises(Killed):
         train(start.clone(), bench, how, "x", 0, snapshot=2)
     steps: list[int] = []
-    monkeypatch.setattr(training_module, "_loss", lambda *args: steps.append(1) or plain(*args))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(training_module, "_losses", lambda *args: steps.append(1) or plain(*args))  # type: ignore[func-returns-value]
     again = start.clone()
     found = train(again, bench, how, "x", 0, snapshot=2)
-    assert len(steps) == 10 - at, "what was done is not done again"
+    assert len(steps) == 24 - at, "what was done is not done again"
     for one, other in ((state(whole), state(again)), (wanted, found)):
         assert one is not None and other is not None and one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
     train(start.clone(), bench, how, "x", 0, snapshot=2)
-    assert len(steps) == 10 - at, "a training that is over is not repeated"
+    assert len(steps) == 24 - at, "a training that is over is not repeated"
     train(start.clone(), bench, how.model_copy(update={"learning_rate": 1e-3}), "x", 0)
     train(disturbed(start, 0.01), bench, how, "x", 0, snapshot=2)
-    assert len(steps) == 30 - at, "other settings or weights are another training"
+    assert len(steps) == 72 - at, "other settings or weights are another training"
 
 
 def test_a_damaged_checkpoint_is_refused(trained: MultiTaskModel, bench: Bench, tmp_path: Path) -> None:
@@ -313,3 +315,35 @@ def test_a_damaged_checkpoint_is_refused(trained: MultiTaskModel, bench: Bench, 
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(CompressError, match=r"training-.*safetensors' is damaged .* Remove it, or use --no-resume"):
         train(trained.clone(), bench, Training(steps=1), "x", 0)
+
+
+def test_uncertainty_learns_to_trust_the_smaller_loss_more() -> None:
+    weighting = Weighting("uncertainty", ["a", "b", "absent"], {}, 10)
+    optimiser = torch.optim.SGD(weighting.parameters, lr=0.1)
+    for step in range(400):
+        optimiser.zero_grad()
+        weighting.total({"a": torch.tensor(0.5), "b": torch.tensor(4.0)}, step).backward()
+        optimiser.step()
+    log_variance = weighting.state()["log_variance"]
+    assert log_variance[:2].exp().tolist() == pytest.approx([0.5, 4.0], rel=1e-2), "its minimum is at the loss itself"
+    assert float(log_variance[2]) == 0
+
+
+def test_progress_weighs_the_task_that_falls_least() -> None:
+    weighting = Weighting("progress", ["fast", "slow", "absent"], {"slow": 3.0}, 5)
+    for step in range(10):
+        assert weighting.state()["factors"].tolist() == [1, 1, 1], "two windows say what changed"
+        weighting.total({"fast": torch.tensor(2.0 - (step > 4)), "slow": torch.tensor(2.0)}, step)
+    fast, slow, absent = weighting.state()["factors"].tolist()
+    assert fast + slow + absent == pytest.approx(3.0) and fast < slow == absent
+    total = weighting.total({"fast": torch.tensor(1.0), "slow": torch.tensor(1.0)}, 10)
+    assert float(total) == pytest.approx(fast + 3 * slow)
+
+
+@pytest.mark.parametrize("rule", ["uncertainty", "progress"])
+def test_weighed_losses_train(trained: MultiTaskModel, bench: Bench, rule: Rule) -> None:
+    student = disturbed(trained)
+    before = gap_to(trained, student)
+    train(student, bench, Training(steps=60, learning_rate=2e-3, weighting=rule, distill="only"), "x", 0)
+    after = gap_to(trained, student)
+    assert all(after[name] < before[name] for name in before), (before, after)
