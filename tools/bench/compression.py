@@ -105,11 +105,40 @@ def run(name: str, seed: int, share: float, folder: Path) -> dict[str, Any]:
     return found
 
 
+def table(found: dict[str, list[dict[str, Any]]], share: float) -> str:
+    """Markdown: a row a case, means over the seeds, and how far they spread where there are several."""
+    first = next(iter(found.values()))
+    tasks, seeds = list(first[0]["lost"]), [one["seed"] for one in first]
+
+    def cell(values: list[float]) -> str:
+        spread = f" ({100 * min(values):+.1f} to {100 * max(values):+.1f})" if len(values) > 1 else ""
+        return f"{100 * sum(values) / len(values):+.1f} %{spread}"
+
+    lines = [
+        "# Scenes: channel pruning beside its controls",
+        "",
+        f"`tools/bench/compression.py`; seeds {', '.join(map(str, seeds))}; {round(100 * share)} % of the recipe's "
+        f"training ({first[0]['steps']} steps of fine-tuning after pruning), on the CPU. Drops are relative to the "
+        "original's score on the validate split, positive is worse. Every case gets the same recovery and fine-tuning.",
+        "",
+        f"| case | MACs left | parameters left | {' | '.join(tasks)} | worst |",
+        f"|{'---|' * (4 + len(tasks))}",
+    ]
+    for name, runs in found.items():
+        sizes = [f"{100 * sum(one[key] for one in runs) / len(runs):.1f} %" for key in ("macs", "parameters")]
+        drops = [cell([one["lost"][task] for one in runs]) for task in tasks]
+        worst = cell([max(one["lost"].values()) for one in runs])
+        lines.append(f"| {' | '.join([name, *sizes, *drops, worst])} |")
+    notes = [f"- {name}: {note}" for name, runs in found.items() for one in runs for note in one["notes"]]
+    return "\n".join([*lines, "", *dict.fromkeys(notes)]).rstrip() + "\n"
+
+
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "compression")
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--case", choices=CASES, nargs="+", default=list(CASES))
+    parser.add_argument("--table", type=Path, help="write a table for people (Markdown) here")
     given = parser.parse_args()
     given.results.mkdir(parents=True, exist_ok=True)
     share, seeds = (0.1, [0]) if given.quick else (1.0, given.seed)
@@ -134,6 +163,8 @@ def main() -> None:
             ahead = worst(name) - worst(OURS)
             rows.append(Row("worst drop, less ours", "scenes", name, 0, ahead, 0.0, most=False))
     finish(rows, given.json)
+    if given.table:
+        given.table.write_text(table(found, share))
     print(f"{len(seeds)} seed(s), {round(share * 100)} % of the training", file=sys.stderr)
 
 
