@@ -130,6 +130,19 @@ def test_sequential_says_which_task_held_which_group(model: MultiTaskModel, tmp_
     assert "(task 'size')" in bench.notes[-1]
 
 
+def test_what_was_recovered_is_spent_on_another_walk(model: MultiTaskModel, tmp_path: Path) -> None:
+    work = tiny.Tiny(split_labels=False)
+    sizes = []
+    for retries in (0, 3):
+        bench = tiny.bench(model, tmp_path, work, size=0.02, kind=0.1, mask=0.1)
+        how = Training(steps=12, learning_rate=2e-3)
+        stage = prune(macs=0.05, rounds=1, retries=retries, search="sequential", recover=how, round_to=1)
+        after = stage.run(model, bench)
+        assert bench.short and min(bench.margins(bench.scores(after)).values()) >= 0
+        sizes.append(sizes_of(after)[0])
+    assert sizes[1] < sizes[0] < sizes_of(model)[0]
+
+
 def test_the_oracle_sees_what_the_cut_network_answers(model: MultiTaskModel, tmp_path: Path) -> None:
     bench = tiny.bench(model, tmp_path, size=1.0)
     prunable = Prunable.of(model)

@@ -40,7 +40,7 @@ class Prune(Settings):
             met.
         rounds: the goal is approached geometrically; importance is measured anew in each round.
         retries: when a round leaves a budget, so many steps half as far as the one before are tried from the last point
-            that kept them all.
+            that kept them all; a sequential search that the budgets stopped is repeated, after recovery, as often.
         search: how widths are found: "value" drops, over the whole network, the channels of least value for what they
             cost; "sequential" narrows group by group as far as the cut network itself stays inside every task's budget
             (`compressor/sequential.py`); "uniform" keeps the same share of every group.
@@ -148,7 +148,7 @@ class Prune(Settings):
         done, failed, turn, tries = 0.0, 0.0, 0, self.retries
         while done < 1:
             turn += 1
-            aim = (done + failed) / 2 if failed else turn / rounds
+            aim = (done + failed) / 2 if failed else (round(done * rounds) + 1) / rounds
             goal = _goal(full, fractions, aim)
             cut = self._shrink(good, bench, goal, multiple, floors, pressure)
             title = f"prune {turn}/{rounds}" if not failed else f"prune, a smaller step ({tries} left)"
@@ -163,7 +163,12 @@ class Prune(Settings):
                 worst, failed = bench.worst(scores), aim
                 why = f"with {_left(cut.costs, full)} {over}, which needs most of what went from '{cut.culprit(worst)}'"
             else:
-                good, sizes, done, pressure = cut.model, cut.costs, aim, spent(bench, scores)
+                narrower, sizes = cut.costs != sizes, cut.costs
+                good, pressure = cut.model, spent(bench, scores)
+                if _short(sizes, goal) and cut.stopped and narrower and tries:
+                    tries -= 1  # what was recovered since may be spent on the same step again
+                    continue
+                done = aim
                 if _short(sizes, goal):
                     bench.fall_short(f"prune ended short of its goal, at {_left(sizes, full)}: {self._stuck(cut)}.")
                     return good, False
