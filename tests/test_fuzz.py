@@ -8,7 +8,7 @@ from random_networks import RandomNetwork
 
 pytestmark = pytest.mark.compile
 
-SEEDS, EACH = 20, 10
+SEEDS, EACH = 10, 10
 WIDTHS = [bits for bits in (512, 256, 128) if bits <= networks.host_bits()]
 
 
