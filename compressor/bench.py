@@ -98,11 +98,15 @@ class Bench:
         times = f" (times {slack:g})" if slack != 1 else ""
         return f"task '{worst}' would leave its budget{times} by {-left[worst]:.4g}"
 
-    def worst(self, scores: Mapping[str, float]) -> str:
-        """The task that has least of its budget left, as a share of it; empty without budgets."""
+    def shares(self, scores: Mapping[str, float]) -> dict[str, float]:
+        """What is left of each budget as a share of it: 1 where nothing was lost, negative where it is overspent."""
         left = self.margins(scores)
-        allowed = {name: max(self.budgets[name].allowed(self.before[name]), 1e-12) for name in left}
-        return min(left, key=lambda name: left[name] / allowed[name], default="")
+        return {name: left[name] / max(self.budgets[name].allowed(self.before[name]), 1e-12) for name in left}
+
+    def worst(self, scores: Mapping[str, float]) -> str:
+        """The task that has the least share of its budget left; empty without budgets."""
+        left = self.shares(scores)
+        return min(left, key=lambda name: left[name], default="")
 
     def calibration(self, count: int) -> list[Batch]:
         """The first batches of the calibrate split, at least one."""

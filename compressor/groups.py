@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.channels import FIXED, Axis, ChannelMap, analyse
 from compressor.errors import CompressError
@@ -91,10 +91,7 @@ class Prunable:
         except Exception as error:  # the user's own code raises what it likes
             raise CompressError(f"The network's code fixes a size that the cut changes: {error}") from error
         cut, zeroed = trace(smaller), trace(model.clone())
-        with torch.no_grad():
-            for axis in self.reads():
-                gone = (~keep[self.channels.axes[axis]]).nonzero().flatten()
-                tensor_of(zeroed, axis.tensor).index_fill_(axis.dim, gone, 0.0)
+        self.silence(zeroed, keep)
         gap = difference(zeroed, cut, model.inputs)
         if not gap <= EXACT:
             raise CompressError(
@@ -102,6 +99,13 @@ class Prunable:
                 "largest answer) than with the weights that read them at zero: its code picks channels by number."
             )
         return smaller
+
+    def silence(self, module: nn.Module, keep: Tensor) -> None:
+        """Zero, in place, every weight of the model (or of its traced graph) that reads a class that is not kept."""
+        with torch.no_grad():
+            for axis in self.reads():
+                gone = (~keep[self.channels.axes[axis]]).nonzero().flatten()
+                tensor_of(module, axis.tensor).index_fill_(axis.dim, gone, 0.0)
 
     def cost(self, keep: Tensor) -> tuple[int, int]:
         """(multiply-adds, parameters) when only some classes are kept.

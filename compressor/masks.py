@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compressor.ranks import highest_rank
+
 Scope = Literal["global", "layer"]
 Scores = Mapping[str, Tensor]
 
@@ -96,13 +98,7 @@ def unanimous(scores: Sequence[Scores]) -> dict[str, Tensor]:
     keep their own best share each and the network the union, here that share is the one that makes the count exact.
     """
     names = list(scores[0])
-    best: Tensor | None = None
-    for score in scores:
-        flat = torch.cat([score[name].flatten() for name in names])
-        ranks = torch.unique(flat, return_inverse=True)[1].float()
-        ranks /= ranks.max().clamp_min(1)
-        best = ranks if best is None else torch.maximum(best, ranks)
-    assert best is not None
+    best = highest_rank(torch.stack([torch.cat([score[name].flatten() for name in names]) for score in scores]))
     parts = torch.split(best, [scores[0][name].numel() for name in names])
     return {name: part.reshape(scores[0][name].shape) for name, part in zip(names, parts, strict=True)}
 

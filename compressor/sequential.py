@@ -17,7 +17,7 @@ from compressor.budgets import margins
 from compressor.costs import Costs, Ledger
 from compressor.errors import CompressError
 from compressor.groups import Group, Prunable
-from compressor.model import MultiTaskModel, get_tensor
+from compressor.model import MultiTaskModel
 from compressor.workload import Batch
 
 MOST_WIDTHS = 31  # a group's choices; bisection asks about five of them
@@ -78,10 +78,7 @@ class Oracle:
         self.asked += 1
         module = self._probe.module
         module.load_state_dict(self._state)
-        with torch.no_grad():
-            for axis in self._prunable.reads():
-                gone = (~keep[self._prunable.channels.axes[axis]]).nonzero().flatten()
-                get_tensor(module, axis.tensor).index_fill_(axis.dim, gone, 0.0)
+        self._prunable.silence(module, keep)
         reestimate_batchnorm(module, self._settling)
         return self._bench.scores(self._probe, self._judging)
 

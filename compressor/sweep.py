@@ -36,7 +36,7 @@ class Point:
 
     Attributes:
         work: share of the original's multiply-adds that is left, times the share of weights that is not zero.
-        margin: least share of a budget that is left to any task (negative: overspent); None without budgets.
+        margin: least share of a budget that is left to any task (negative: overspent).
         front: no other trial has both less work and more margin.
         folder: its finished stages, under the sweep's folder.
     """
@@ -141,8 +141,7 @@ def _work(path: Path, overrides: tuple[str, ...], out: Path, trials: int, worker
             trial.set_user_attr("why", str(error))
             raise
         work = pipeline.work_left(job.model, model)
-        left = job.bench.margins(scores)
-        margin = min(left[t] / max(job.bench.budgets[t].allowed(job.bench.before[t]), 1e-12) for t in left)
+        margin = min(job.bench.shares(scores).values())
         trial.set_user_attr("scores", scores)
         progress.line(f"  work {work:.1%}, least left of a budget {margin:.0%}")
         return work, margin

@@ -16,6 +16,7 @@ from compressor.criteria import CRITERIA
 from compressor.errors import CompressError
 from compressor.groups import Group, Prunable
 from compressor.model import MultiTaskModel
+from compressor.ranks import highest_rank
 from compressor.sequential import Oracle, walk
 from compressor.training import Training, train
 from profiles.settings import Settings, did_you_mean
@@ -148,10 +149,11 @@ class Prune(Settings):
         done, failed, turn, tries = 0.0, 0.0, 0, self.retries
         while done < 1:
             turn += 1
-            aim = (done + failed) / 2 if failed else (round(done * rounds) + 1) / rounds
+            step = round(done * rounds) + 1
+            aim = (done + failed) / 2 if failed else step / rounds
             goal = _goal(full, fractions, aim)
             cut = self._shrink(good, bench, goal, multiple, floors, pressure)
-            title = f"prune {turn}/{rounds}" if not failed else f"prune, a smaller step ({tries} left)"
+            title = f"prune {step}/{rounds}" if not failed else f"prune, a smaller step ({tries} left)"
             if self.recover and self.recover.steps:  # which leaves batch norm better estimated than a few batches would
                 train(cut.model, bench, self.recover, title, bench.seed + turn)
             else:
@@ -254,8 +256,7 @@ def combine(
     tight as its budget is relative to its score. One without a budget weighs as one with a budget of 100 %.
     """
     if how == "unanimous":
-        ranks = [row_C.unique(return_inverse=True)[1] for row_C in score_TC]
-        return torch.stack([rank / rank.max().clamp_min(1) for rank in ranks]).max(0).values
+        return highest_rank(score_TC)
     scaled_TC = score_TC / score_TC.sum(1, keepdim=True).clamp_min(1e-30)
     weight_T = torch.tensor([pressure.get(task, 1 / _relative_budget(bench, task)) for task in tasks])
     scaled_TC = scaled_TC * (weight_T / weight_T.max())[:, None]
@@ -264,11 +265,10 @@ def combine(
 
 def spent(bench: Bench, scores: Mapping[str, float]) -> dict[str, float]:
     """The share of its budget that each task has used, at least `LEAST_PRESSURE`; nothing unless all tasks have one."""
-    left = bench.margins(scores)
+    left = bench.shares(scores)
     if len(left) < len(bench.original.tasks):
         return {}
-    allowed = {name: bench.budgets[name].allowed(bench.before[name]) for name in left}
-    return {name: max(1 - left[name] / max(allowed[name], 1e-12), LEAST_PRESSURE) for name in left}
+    return {name: max(1 - share, LEAST_PRESSURE) for name, share in left.items()}
 
 
 def _relative_budget(bench: Bench, task: str) -> float:

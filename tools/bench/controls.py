@@ -17,7 +17,7 @@ from compressor.channels import Axis
 from compressor.costs import Costs, Ledger
 from compressor.criteria import CRITERIA
 from compressor.groups import Group, Prunable
-from compressor.model import MultiTaskModel, get_tensor
+from compressor.model import MultiTaskModel
 from compressor.training import Training, train
 from compressor.workload import Batch
 
@@ -87,10 +87,8 @@ class Published:
         self.passes += 1
         probe = model.clone()
         total: dict[str, float] = {}
+        prunable.silence(probe.module, keep)
         with torch.no_grad():
-            for axis in prunable.reads():
-                gone = (~keep[prunable.channels.axes[axis]]).nonzero().flatten()
-                get_tensor(probe.module, axis.tensor).index_fill_(axis.dim, gone, 0.0)
             for batch in batches:
                 for name, loss in bench.workload.losses(probe.answers(*batch.inputs), batch).items():
                     total[name] = total.get(name, 0.0) + float(loss)
