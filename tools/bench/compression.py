@@ -2,6 +2,8 @@
 
     python tools/bench/compression.py [--json FILE] [--quick] [--results FOLDER] [--seed N ...]
 
+With --latency instead: goals in latency on scenes, without training, and what the pruned network then takes.
+
 Each case starts from the same trained network and gets the same training: the same recovery and the same fine-tuning.
 Scores are taken on the validate split, drops are relative to the original's score. Finished cases are kept in the
 results folder and not repeated; --quick runs seed 0 with a tenth of the training.
@@ -105,6 +107,22 @@ def run(name: str, seed: int, share: float, folder: Path) -> dict[str, Any]:
     return found
 
 
+def latency() -> list[Row]:
+    """Latency reached over latency asked for, timed once more when the stage is over."""
+    rows = []
+    for goal in (0.6, 0.4):
+        loaded, base = recipe.load(ROOT / "examples" / "scenes", [f"stages.0.latency={goal}"])
+        job = pipeline.prepare(loaded, base, Reporter(), builds=False)
+        job.bench.before = job.bench.scores(job.model)
+        prune = loaded.stages[0]
+        assert isinstance(prune, Prune) and job.bench.speed is not None
+        alone = {"macs": None, "parameters": None, "recover": None, "slack": 1e9, "rounds": 1}
+        reached = job.bench.speed(prune.model_copy(update=alone).run(job.model, job.bench))
+        name = f"latency reached over {goal:g} asked for"
+        rows.append(Row(name, "scenes", "", loaded.threads[0], reached / goal, 1.05, most=True))
+    return rows
+
+
 def table(found: dict[str, list[dict[str, Any]]], share: float) -> str:
     """Markdown: a row a case, means over the seeds, and how far they spread where there are several."""
     first = next(iter(found.values()))
@@ -139,7 +157,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--case", choices=CASES, nargs="+", default=list(CASES))
     parser.add_argument("--table", type=Path, help="write a table for people (Markdown) here")
+    parser.add_argument("--latency", action="store_true", help="only goals in latency")
     given = parser.parse_args()
+    if given.latency:
+        finish(latency(), given.json)
+        return
     given.results.mkdir(parents=True, exist_ok=True)
     share, seeds = (0.1, [0]) if given.quick else (1.0, given.seed)
     found = {name: [run(name, seed, share, given.results) for seed in seeds] for name in given.case}
