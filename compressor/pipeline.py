@@ -17,6 +17,7 @@ from compressor.deploy import Deployed, deploy
 from compressor.errors import CompressError
 from compressor.factory import make_workload
 from compressor.latency import Timings, time_all
+from compressor.macs import count_macs
 from compressor.model import MultiTaskModel, load_checkpoint
 from compressor.progress import Reporter
 from compressor.recipe import Recipe
@@ -138,9 +139,8 @@ def compress(job: Job, out: Path) -> tuple[MultiTaskModel, dict[str, float]]:
 
 
 def work_left(original: MultiTaskModel, model: MultiTaskModel) -> float:
-    """The share of multiply-adds that is left, times the share of the weights left that is not zero."""
-    (before, _, _), (macs, parameters, nonzero) = sizes_of(original), sizes_of(model)
-    return macs / before * nonzero / parameters
+    """The share of the original's multiply-adds that is left and has a weight which is not zero."""
+    return count_macs(trace(model))[1] / count_macs(trace(original))[0]
 
 
 def tune(job: Job, out: Path, command: str, seconds: float) -> tuple[list[Tuned], Report]:

@@ -1,116 +1,191 @@
-"""Pruning beside its controls: what every task lost at the same multiply-adds and parameters.
+"""Pruning and tickets beside their controls: what every task lost, and how much of the network is left.
 
-    python tools/bench/compression.py [--json FILE] [--quick] [--results FOLDER] [--seed N ...]
+    python tools/bench/compression.py [STUDY ...] [--case CASE ...] [--seed N ...] [--json FILE] [--quick] [--tables]
+
+A study is a recipe of `recipes/` with what its result must reach (`cases.py`). Each case of it starts from the same
+trained network and gets the same training. Scores are taken on the validate split; a drop is compared with the largest
+one accepted, relative to the original's score ("2 %") or in the metric's unit.
+
+Finished cases are kept in docs/results/runs and not repeated while their settings stay the same; --tables writes
+docs/results/STUDY.md from them. --quick runs seed 0 with a tenth of the training and keeps nothing.
 
 With --latency instead: goals in latency on scenes, without training, and what the pruned network then takes.
-
-Each case starts from the same trained network and gets the same training: the same recovery and the same fine-tuning.
-Scores are taken on the validate split, drops are relative to the original's score. Finished cases are kept in the
-results folder and not repeated; --quick runs seed 0 with a tenth of the training.
 """
 
 import json
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import controls
+from cases import LONGER, OURS, STUDIES, Study
 from rows import Row, finish, options
 
 from compressor import pipeline, recipe
-from compressor.bench import Bench
-from compressor.budgets import drop
-from compressor.model import MultiTaskModel
+from compressor.budgets import Budget, drop
+from compressor.macs import count_macs
+from compressor.pathway import extract
 from compressor.progress import Reporter
-from compressor.record import sizes_of
-from compressor.stages.finetune import Finetune
 from compressor.stages.prune import Prune
-from compressor.training import Training, train
+from compressor.trace import trace
 
 ROOT = Path(__file__).resolve().parents[2]
-KEEP, LARGEST_DROP = 0.35, 0.02
-OURS = "ours"
+RECIPES, RESULTS = Path(__file__).parent / "recipes", ROOT / "docs" / "results"
+LATENCIES = 0.6, 0.4
 
-Case = Callable[[MultiTaskModel, Bench, Prune, Finetune], MultiTaskModel]
-
-
-def pruned(**settings: object) -> Case:
-    """The recipe's own stages with some settings of `prune` changed; a round may lose what it likes."""
-
-    def run(model: MultiTaskModel, bench: Bench, prune: Prune, tune: Finetune) -> MultiTaskModel:
-        return tune.run(prune.model_copy(update={"slack": 1000.0} | settings).run(model, bench), bench)
-
-    return run
+Found = dict[str, Any]
 
 
-def published(model: MultiTaskModel, bench: Bench, prune: Prune, tune: Finetune) -> MultiTaskModel:
-    assert prune.recover is not None
-    case = controls.Published(KEEP, prune.recover)
-    found = tune.run(case.run(model, bench), bench)
-    bench.note(f"{case.passes} passes over the loader")
-    return found
-
-
-def scratch(model: MultiTaskModel, bench: Bench, prune: Prune, tune: Finetune) -> MultiTaskModel:
-    """The shape that ours ends with, trained for all the steps that ours is given."""
-    shape = prune.model_copy(update={"recover": None}).run(model, bench)
-    how = Training(**tune.model_dump(exclude={"kind"}))
-    return controls.from_scratch(shape, bench, how.model_copy(update={"steps": tune.steps + prune.train_steps}))
-
-
-def longer(model: MultiTaskModel, bench: Bench, prune: Prune, tune: Finetune) -> MultiTaskModel:
-    """The whole network, trained on for as many steps: what of a gain is only more training."""
-    found = model.clone()
-    train(found, bench, tune.model_copy(update={"steps": tune.steps + prune.train_steps}), "longer", bench.seed)
-    return found
-
-
-CASES: dict[str, Case] = {
-    OURS: pruned(),
-    "uniform width": pruned(search="uniform", criterion="magnitude"),
-    "magnitude": pruned(criterion="magnitude"),
-    "PAGCP, as published": published,
-    "sequential": pruned(search="sequential", slack=20.0),
-    "from scratch": scratch,
-    "original, trained on": longer,
-}
-
-
-def run(name: str, seed: int, share: float, folder: Path) -> dict[str, Any]:
-    """One case's sizes and scores; from the folder where it was run before."""
-    file = folder / f"scenes-{name.replace(' ', '-').replace(',', '')}-{seed}-{share:g}.json"
-    if file.exists():
-        found: dict[str, Any] = json.loads(file.read_text())
-        return found
-    keep = [f"stages.0.macs={KEEP}", f"stages.0.parameters={KEEP}", f"seed={seed}"]
-    loaded, base = recipe.load(ROOT / "examples" / "scenes", keep)
+def run(name: str, case: str, seed: int, share: float, folder: Path) -> Found:
+    """One case's sizes, scores and drops; from the folder where it was run before."""
+    study = STUDIES[name]
+    sets = [*study.sets, f"seed={seed}"]
+    loaded, base = recipe.load(RECIPES / f"{study.recipe}.toml", [*sets, *_shorter(study, sets, share)])
+    about = json.loads(loaded.model_dump_json(include={"workload", "stages", "budgets", "seed"}))
+    file = folder / f"{name}-{case.replace(' ', '-').replace(',', '')}-{seed}.json"
+    if file.exists() and (known := json.loads(file.read_text()))["about"] == about:
+        return dict(known)
     job = pipeline.prepare(loaded, base, Reporter(), builds=False)
-    prune, tune = loaded.stages
-    assert isinstance(prune, Prune) and isinstance(tune, Finetune) and prune.recover is not None
-    tune = tune.model_copy(update={"steps": round(share * tune.steps)})
-    bench = job.bench
-    bench.before, bench.directory = bench.scores(job.model), folder
+    bench, original = job.bench, job.model
     begun = time.monotonic()
-    model = CASES[name](job.model, bench, prune, tune)
-    scores = bench.scores(model)
-    lost = {t.name: drop(t, bench.before[t.name], scores[t.name]) / abs(bench.before[t.name]) for t in model.tasks}
-    before, after = sizes_of(job.model), sizes_of(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        bench.before, bench.directory = bench.scores(original), Path(scratch)
+        networks = study.cases[case](job)
+    dense, parameters = count_macs(trace(original))[0], sum(value.numel() for value in original.module.parameters())
+    scores, macs, effective, left, nonzero = dict[str, float](), 0, 0, 0, 0
+    for tasks, model in networks.items():
+        scores |= {task: score for task, score in bench.scores(model).items() if task in tasks}
+        pathway = extract(model, list(tasks))
+        macs, effective = macs + pathway.macs, effective + pathway.effective_macs
+        trained = [value for key, value in pathway.tensors.items() if key in dict(model.module.named_parameters())]
+        left += sum(value.numel() for value in trained)
+        nonzero += sum(int((value != 0).sum()) for value in trained)
     found = {
-        "case": name, "seed": seed, "seconds": time.monotonic() - begun, "notes": bench.notes, "scores": scores,
-        "lost": lost, "macs": after[0] / before[0], "parameters": after[1] / before[1], "steps": tune.steps,
+        "study": name, "case": case, "seed": seed, "about": about, "seconds": time.monotonic() - begun,
+        "commit": _commit(), "notes": bench.notes, "before": dict(bench.before), "scores": scores,
+        "drops": {t.name: drop(t, bench.before[t.name], scores[t.name]) for t in original.tasks},
+        "macs": macs / dense, "effective": effective / dense, "parameters": left / parameters,
+        "nonzero": nonzero / parameters,
     }
+    folder.mkdir(parents=True, exist_ok=True)
     draft = file.with_suffix(".draft")
-    draft.write_text(json.dumps(found, indent=1))
+    draft.write_text(json.dumps(found, indent=1) + "\n")
     draft.replace(file)
     return found
+
+
+def _shorter(study: Study, sets: list[str], share: float) -> list[str]:
+    """Overrides that leave so much of every training."""
+    told = []
+    for index, stage in enumerate(recipe.load(RECIPES / f"{study.recipe}.toml", sets)[0].stages):
+        for key, at in (("steps", stage), ("recover.steps", stage), ("train.steps", stage)):
+            found: Any = at
+            for part in key.split("."):
+                found = getattr(found, part, None)
+            if share < 1 and found:
+                told.append(f"stages.{index}.{key}={max(2, round(share * found))}")
+    return told
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+# --- what is said of several seeds
+
+
+def mean(runs: list[Found], *keys: str) -> float:
+    def at(one: Any) -> float:
+        for key in keys:
+            one = one[key]
+        return float(one)
+
+    return sum(map(at, runs)) / len(runs)
+
+
+def used(study: Study, runs: list[Found], task: str) -> float:
+    """The mean drop in the unit of its bound: a fraction of the score, or the metric's own."""
+    bound = Budget.parse(study.drops[task])
+    return mean(runs, "drops", task) / (abs(mean(runs, "before", task)) if bound.relative else 1.0)
+
+
+def worst(study: Study, runs: list[Found]) -> float:
+    """The largest mean drop, relative to the original's score: over tasks whose metrics have different units."""
+    return max(mean(runs, "drops", task) / abs(mean(runs, "before", task)) for task in study.drops)
+
+
+def rows_of(name: str, found: dict[str, list[Found]]) -> list[Row]:
+    study, rows = STUDIES[name], []
+    for case, runs in found.items():
+        ours = case == OURS
+        sizes = {"macs": study.macs, "parameters": study.parameters, "effective": study.effective, "nonzero": None}
+        for size, goal in sizes.items():
+            rows.append(Row(f"{size} left", name, case, 0, mean(runs, size), goal if ours else None, most=True))
+        for task, bound in study.drops.items():
+            goal = Budget.parse(bound).amount if ours else None
+            rows.append(Row(f"drop of {task}", name, case, 0, used(study, runs, task), goal, most=True))
+        if case not in (OURS, LONGER) and OURS in found:
+            ahead = worst(study, runs) - worst(study, found[OURS])
+            rows.append(Row("worst drop, less ours", name, case, 0, ahead, 0.0, most=False))
+    return rows
+
+
+def table(name: str, found: dict[str, list[Found]]) -> str:
+    """Markdown: a row a case, means over its seeds, and how far they spread where there are several."""
+    study = STUDIES[name]
+
+    def cell(values: list[float], unit: str) -> str:
+        scale, digits, sign = (100.0, 1, " %") if unit == "%" else (1.0, 3, "")
+        low, high = (f"{scale * value:+.{digits}f}" for value in (min(values), max(values)))
+        spread = f" ({low} to {high})" if len(values) > 1 else ""
+        return f"{scale * sum(values) / len(values):+.{digits}f}{sign}{spread}"
+
+    goals = [f"{text} {share:.0%}" for text, share in (
+        ("MACs", study.macs), ("parameters", study.parameters), ("effective MACs", study.effective)
+    ) if share is not None]
+    goals += [f"{task} drops by at most {bound}" for task, bound in study.drops.items()]
+    steps = next(iter(found.values()))[0]["about"]["stages"]
+    training = " + ".join(_trainings(stage) for stage in steps)
+    lines = [
+        f"# {study.title}", "",
+        f"`tools/bench/compression.py {name} --tables`, recipe `tools/bench/recipes/{study.recipe}.toml`"
+        f"{' with ' + ', '.join(f'`{text}`' for text in study.sets) if study.sets else ''}, on the CPU. "
+        f"Training steps: {training}. Asked of ours: {'; '.join(goals)}.", "",
+        "Drops are against the original network on the validate split, positive is worse, in parts of its score where "
+        "the bound is one and else in the metric's unit; means over seeds, with the extremes. Effective multiply-adds "
+        "are those whose weight is not zero.", "",
+        f"| case | seeds | MACs | effective | parameters | not zero | {' | '.join(study.drops)} | worst, relative |",
+        f"|{'---|' * (7 + len(study.drops))}",
+    ]
+    for case, runs in found.items():
+        sizes = [f"{100 * mean(runs, key):.1f} %" for key in ("macs", "effective", "parameters", "nonzero")]
+        drops = []
+        for task, text in study.drops.items():
+            relative = Budget.parse(text).relative
+            values = [one["drops"][task] / (abs(one["before"][task]) if relative else 1.0) for one in runs]
+            drops.append(cell(values, "%" if relative else ""))
+        most = cell([max(one["drops"][t] / abs(one["before"][t]) for t in study.drops) for one in runs], "%")
+        seeds = " ".join(str(one["seed"]) for one in runs)
+        lines.append(f"| {' | '.join([case, seeds, *sizes, *drops, most])} |")
+    every = [(case, one["seed"], note) for case, runs in found.items() for one in runs for note in one["notes"]]
+    notes = [f"- {case}, seed {seed}: {note}" for case, seed, note in every]
+    return "\n".join([*lines, "", *notes]).rstrip() + "\n"
+
+
+def _trainings(stage: Found) -> str:
+    if stage["kind"] == "finetune":
+        return f"finetune {stage['steps']}"
+    inner = stage.get("recover") or stage.get("train")
+    return f"{stage['kind']} {stage['rounds']} x {inner['steps'] if inner else 0}"
 
 
 def latency() -> list[Row]:
     """Latency reached over latency asked for, timed once more when the stage is over."""
     rows = []
-    for goal in (0.6, 0.4):
+    for goal in LATENCIES:
         loaded, base = recipe.load(ROOT / "examples" / "scenes", [f"stages.0.latency={goal}"])
         job = pipeline.prepare(loaded, base, Reporter(), builds=False)
         job.bench.before = job.bench.scores(job.model)
@@ -123,71 +198,38 @@ def latency() -> list[Row]:
     return rows
 
 
-def table(found: dict[str, list[dict[str, Any]]], share: float) -> str:
-    """Markdown: a row a case, means over the seeds, and how far they spread where there are several."""
-    first = next(iter(found.values()))
-    tasks, seeds = list(first[0]["lost"]), [one["seed"] for one in first]
-
-    def cell(values: list[float]) -> str:
-        spread = f" ({100 * min(values):+.1f} to {100 * max(values):+.1f})" if len(values) > 1 else ""
-        return f"{100 * sum(values) / len(values):+.1f} %{spread}"
-
-    lines = [
-        "# Scenes: channel pruning beside its controls",
-        "",
-        f"`tools/bench/compression.py`; seeds {', '.join(map(str, seeds))}; {round(100 * share)} % of the recipe's "
-        f"training ({first[0]['steps']} steps of fine-tuning after pruning), on the CPU. Drops are relative to the "
-        "original's score on the validate split, positive is worse. Every case gets the same recovery and fine-tuning.",
-        "",
-        f"| case | MACs left | parameters left | {' | '.join(tasks)} | worst |",
-        f"|{'---|' * (4 + len(tasks))}",
-    ]
-    for name, runs in found.items():
-        sizes = [f"{100 * sum(one[key] for one in runs) / len(runs):.1f} %" for key in ("macs", "parameters")]
-        drops = [cell([one["lost"][task] for one in runs]) for task in tasks]
-        worst = cell([max(one["lost"].values()) for one in runs])
-        lines.append(f"| {' | '.join([name, *sizes, *drops, worst])} |")
-    notes = [f"- {name}: {note}" for name, runs in found.items() for one in runs for note in one["notes"]]
-    return "\n".join([*lines, "", *dict.fromkeys(notes)]).rstrip() + "\n"
-
-
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "compression")
+    parser.add_argument("study", nargs="*", choices=[*STUDIES, []], default=list(STUDIES))
+    parser.add_argument("--case", nargs="+", help="only these cases, where a study has them")
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--case", choices=CASES, nargs="+", default=list(CASES))
-    parser.add_argument("--table", type=Path, help="write a table for people (Markdown) here")
+    parser.add_argument("--tables", action="store_true", help="write docs/results/STUDY.md")
     parser.add_argument("--latency", action="store_true", help="only goals in latency")
     given = parser.parse_args()
     if given.latency:
         finish(latency(), given.json)
         return
-    given.results.mkdir(parents=True, exist_ok=True)
-    share, seeds = (0.1, [0]) if given.quick else (1.0, given.seed)
-    found = {name: [run(name, seed, share, given.results) for seed in seeds] for name in given.case}
-
-    def mean(name: str, value: Callable[[dict[str, Any]], float]) -> float:
-        return sum(map(value, found[name])) / len(found[name])
-
-    def worst(name: str) -> float:
-        return max(mean(name, lambda one, t=task: one["lost"][t]) for task in found[name][0]["lost"])
-
     rows = []
-    for name in found:
-        ours = name == OURS
-        for size in ("macs", "parameters"):
-            value = mean(name, lambda one, key=size: one[key])
-            rows.append(Row(f"{size} left", "scenes", name, 0, value, KEEP if ours else None, most=True))
-        for task in found[name][0]["lost"]:
-            value, goal = mean(name, lambda one, t=task: one["lost"][t]), LARGEST_DROP if ours else None
-            rows.append(Row(f"relative drop of {task}", "scenes", name, 0, value, goal, most=True))
-        if not ours and OURS in found and name != "original, trained on":
-            ahead = worst(name) - worst(OURS)
-            rows.append(Row("worst drop, less ours", "scenes", name, 0, ahead, 0.0, most=False))
+    with tempfile.TemporaryDirectory() as nowhere:
+        share, seeds, folder = (0.1, [0], Path(nowhere)) if given.quick else (1.0, given.seed, RESULTS / "runs")
+        for name in given.study:
+            chosen = [case for case in STUDIES[name].cases if given.case is None or case in given.case]
+            found = {case: [run(name, case, seed, share, folder) for seed in seeds] for case in chosen}
+            rows += rows_of(name, found)
+            if given.tables and not given.quick:
+                (RESULTS / f"{name}.md").write_text(table(name, _finished(name, folder)))
     finish(rows, given.json)
-    if given.table:
-        given.table.write_text(table(found, share))
-    print(f"{len(seeds)} seed(s), {round(share * 100)} % of the training", file=sys.stderr)
+    print(f"seeds {', '.join(map(str, seeds))}; {round(share * 100)} % of the training", file=sys.stderr)
+
+
+def _finished(name: str, folder: Path) -> dict[str, list[Found]]:
+    """Every finished case of a study, in its order."""
+    found = {}
+    for case in STUDIES[name].cases:
+        files = sorted(folder.glob(f"{name}-{case.replace(' ', '-').replace(',', '')}-[0-9]*.json"))
+        if runs := [json.loads(file.read_text()) for file in files]:
+            found[case] = runs
+    return found
 
 
 if __name__ == "__main__":

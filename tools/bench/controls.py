@@ -1,7 +1,7 @@
 """What a claim about pruning has to beat, beside the controls that are plain settings of `prune`.
 
 PAGCP as published (Ye et al., T-PAMI 2023): one threshold on the worst task's loss, a grid of nineteen rates, no fresh
-batch norm; and training the pruned network's shape from scratch.
+batch norm; training the pruned network's shape from scratch; and a ticket's densities at random places.
 """
 
 import math
@@ -18,6 +18,7 @@ from compressor.costs import Costs, Ledger
 from compressor.criteria import CRITERIA
 from compressor.groups import Group, Prunable
 from compressor.model import MultiTaskModel
+from compressor.stages.ticket import Ticket, rewind
 from compressor.training import Training, train
 from compressor.workload import Batch
 
@@ -126,3 +127,18 @@ def from_scratch(pruned: MultiTaskModel, bench: Bench, how: Training) -> MultiTa
     fresh.cut({Axis(name, dim): torch.tensor(at) for name, dims in pruned.kept.items() for dim, at in dims.items()})
     train(fresh, bench, how.model_copy(update={"distill": "never"}), "from scratch", bench.seed)
     return fresh
+
+
+def random_masks(model: MultiTaskModel, bench: Bench, ticket: Ticket, how: Training) -> MultiTaskModel:
+    """As many weights in every layer as the ticket keeps of the trained ones, but anywhere; trained from there."""
+    untrained = ticket.train.model_copy(update={"steps": 0})
+    found = ticket.model_copy(update={"train": untrained, "rounds": 1}).run(model, bench)
+    chance = torch.Generator().manual_seed(bench.seed)
+    masks = {}
+    for name, mask in found.masks.items():
+        order = torch.randperm(mask.numel(), generator=chance)
+        masks[name] = mask.flatten()[order].reshape(mask.shape)
+    state = {name: value.clone() for name, value in model.module.state_dict().items()}
+    anywhere = rewind(model, state, masks)
+    train(anywhere, bench, how, "random places", bench.seed)
+    return anywhere

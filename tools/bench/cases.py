@@ -1,0 +1,173 @@
+"""What the compression benchmark runs: studies (a recipe and what it must reach) and the cases of each."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import controls
+
+from compressor.model import MultiTaskModel
+from compressor.pipeline import Job
+from compressor.stages.finetune import Finetune
+from compressor.stages.prune import Prune
+from compressor.stages.ticket import Ticket
+from compressor.training import Training, train
+
+OURS, LONGER = "ours", "original, trained on"
+
+Case = Callable[[Job], Mapping[tuple[str, ...], MultiTaskModel]]
+"""Networks by the tasks that each answers: mostly one for all tasks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """One recipe of `recipes/`, with what its result must reach.
+
+    Attributes:
+        macs, parameters: largest shares of the original's that may be left; None where nothing is asked.
+        effective: largest share of the original's multiply-adds left that have a weight which is not zero.
+        drops: largest accepted drop by task, as a budget.
+    """
+
+    recipe: str
+    cases: Mapping[str, Case]
+    drops: Mapping[str, str]
+    sets: Sequence[str] = ()
+    macs: float | None = None
+    parameters: float | None = None
+    effective: float | None = None
+    title: str = field(default="")
+
+
+def ours(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
+    return _stages(job)
+
+
+def changed(job: Job, **settings: object) -> Mapping[tuple[str, ...], MultiTaskModel]:
+    """The recipe's stages with some settings of `prune` or `ticket` changed."""
+    return _stages(job, **settings)
+
+
+def published(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
+    """PAGCP as published, with the recipe's recovery and fine-tuning."""
+    prune, tune = _prune(job), _tune(job)
+    assert prune.recover is not None and prune.macs is not None
+    case = controls.Published(prune.macs, prune.recover)
+    found = tune.run(case.run(job.model.clone(), job.bench), job.bench)
+    job.bench.note(f"{case.passes} passes over the loader")
+    return _all(job, found)
+
+
+def scratch(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
+    """The shape that ours ends with and fresh weights, trained for all the steps that ours is given."""
+    shape = _prune(job).model_copy(update={"recover": None}).run(job.model, job.bench)
+    return _all(job, controls.from_scratch(shape, job.bench, _whole_training(job)))
+
+
+def longer(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
+    """The whole network, trained on for as many steps: what of a gain is only more training."""
+    found = job.model.clone()
+    train(found, job.bench, _whole_training(job), "longer", job.bench.seed)
+    return _all(job, found)
+
+
+def singles(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
+    """For each task a network of its own, of the pruned shape, with fresh weights and trained on this task alone."""
+    shape = _prune(job).model_copy(update={"recover": None}).run(job.model, job.bench)
+    names = [task.name for task in job.model.tasks]
+    how = _whole_training(job)
+    return {
+        (name,): controls.from_scratch(
+            shape, job.bench, how.model_copy(update={"loss_weights": {n: float(n == name) for n in names}})
+        )
+        for name in names
+    }
+
+
+def random_ticket(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
+    """The ticket's masks, layer by layer as dense, at random places."""
+    return _all(job, controls.random_masks(job.model, job.bench, _ticket(job), _whole_training(job)))
+
+
+CHANNELS: Mapping[str, Case] = {
+    OURS: ours,
+    "uniform width": partial(changed, search="uniform", criterion="magnitude"),
+    "magnitude": partial(changed, criterion="magnitude"),
+    "PAGCP, as published": published,
+    "sequential": partial(changed, search="sequential", slack=20.0),
+    "from scratch": scratch,
+    "single tasks": singles,
+    LONGER: longer,
+}
+TICKETS: Mapping[str, Case] = {
+    OURS: ours,
+    "by tasks": partial(changed, saliency="tasks"),
+    "same in every layer": partial(changed, scope="layer"),
+    "random places": random_ticket,
+    LONGER: longer,
+}
+
+_SCENES = {"segmentation": "2 %", "depth": "2 %", "normals": "2 %"}
+_FASHION = {"left": "2 %", "right": "2 %"}
+_RESTORATION = dict.fromkeys(["denoise15", "denoise25", "denoise50", "deblock", "upscale2"], "0.05")
+_FIVE = ["stages.0.keep_ratio=0.05"]
+
+STUDIES: Mapping[str, Study] = {
+    "scenes-channels": Study(
+        "scenes-channels", CHANNELS, _SCENES, macs=0.35, parameters=0.35, title="Scenes: channel pruning"
+    ),
+    "dronet-channels": Study(
+        "dronet-channels", CHANNELS, {"steering": "3 %", "collision": "0.005"}, macs=0.30, parameters=0.25,
+        title="DroNet: channel pruning",
+    ),
+    "scenes-ticket": Study(
+        "scenes-ticket", TICKETS, dict.fromkeys(_SCENES, "0"), title="Scenes: a ticket of 10 % of the weights"
+    ),
+    "scenes-ticket-5": Study(
+        "scenes-ticket", TICKETS, _SCENES, sets=_FIVE, title="Scenes: a ticket of 5 % of the weights"
+    ),
+    "scenes-both": Study(
+        "scenes-both", {OURS: ours}, dict.fromkeys(_SCENES, "3 %"), effective=0.12,
+        title="Scenes: channels, then weights",
+    ),
+    "fashion-ticket": Study(
+        "fashion-ticket", TICKETS, dict.fromkeys(_FASHION, "0"), title="MultiFashion: a ticket of 10 % of the weights"
+    ),
+    "fashion-ticket-5": Study(
+        "fashion-ticket", TICKETS, _FASHION, sets=_FIVE, title="MultiFashion: a ticket of 5 % of the weights"
+    ),
+    "restoration-ticket": Study(
+        "restoration-ticket", TICKETS, _RESTORATION, title="Restoration: a ticket of 10 % of the weights"
+    ),
+}
+
+
+def _stages(job: Job, **settings: object) -> Mapping[tuple[str, ...], MultiTaskModel]:
+    model = job.model
+    for stage in job.recipe.stages:
+        known = {key: value for key, value in settings.items() if hasattr(stage, key)}
+        changed = type(stage).model_validate(stage.model_dump() | known)  # type: ignore[attr-defined]
+        model = changed.run(model, job.bench)
+    return _all(job, model)
+
+
+def _all(job: Job, model: MultiTaskModel) -> Mapping[tuple[str, ...], MultiTaskModel]:
+    return {tuple(task.name for task in job.model.tasks): model}
+
+
+def _prune(job: Job) -> Prune:
+    return next(stage for stage in job.recipe.stages if isinstance(stage, Prune))
+
+
+def _ticket(job: Job) -> Ticket:
+    return next(stage for stage in job.recipe.stages if isinstance(stage, Ticket))
+
+
+def _tune(job: Job) -> Finetune:
+    return next(stage for stage in job.recipe.stages if isinstance(stage, Finetune))
+
+
+def _whole_training(job: Job) -> Training:
+    """The last stage's training, as many steps of it as all stages take together."""
+    steps = sum(stage.train_steps for stage in job.recipe.stages)
+    return Training(**_tune(job).model_dump(exclude={"kind"})).model_copy(update={"steps": steps})
