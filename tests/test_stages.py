@@ -645,6 +645,25 @@ def test_a_latency_goal_needs_a_device(model: MultiTaskModel, bench: Bench) -> N
         prune(latency=0.5).run(model, bench)
 
 
+@pytest.mark.parametrize(("vector", "best"), [(4, 4), (16, 16)])
+def test_widths_are_rounded_to_the_finest_multiple_that_is_as_fast(
+    model: MultiTaskModel, bench: Bench, vector: int, best: int
+) -> None:
+    def padded(tried: MultiTaskModel) -> float:  # a device that computes whole vectors
+        wasted = sum(-width % vector for width in widths(tried).values())
+        return sizes_of(tried)[0] / sizes_of(model)[0] * (1 + 0.1 * wasted)
+
+    bench.multiple, bench.speed = 16, padded
+    after = prune(macs=0.6, rounds=1, round_to="measured").run(model, bench)
+    assert all(width % best == 0 or width in (4, 2, 1) for width in widths(after).values())
+    assert bench.notes[0].startswith(f"widths are multiples of {best}; time a multiply-add over the original's, by ")
+
+
+def test_rounding_by_measurement_needs_a_device(model: MultiTaskModel, bench: Bench) -> None:
+    with pytest.raises(CompressError, match="needs a device to measure on"):
+        prune(macs=0.6, round_to="measured").run(model, bench)
+
+
 def test_speed_is_a_share_of_the_originals(model: MultiTaskModel) -> None:
     from networks import cpu_device, host_bits
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -22,9 +22,12 @@ from compressor.training import Training, train
 from profiles.settings import Settings, did_you_mean
 
 Combine = Literal["max", "sum", "unanimous"]
+Search = Literal["value", "sequential", "uniform"]
 
 _CLOSE = 0.05  # a latency goal is met this closely
 _MEASURED = 6  # first guesses that are built and timed
+_EQUAL = 0.02  # latencies this close are equal
+_FINEST = 4  # multiple of channels
 _CORRECTIONS = 2  # more rounds where the network that was pruned in the end is slower than the guess
 
 LEAST_PRESSURE = 0.1
@@ -53,7 +56,9 @@ class Prune(Settings):
         batches: calibration batches that importance is measured on, and batch norm where nothing is recovered.
         slack: budgets are multiplied by this while pruning, since a later `finetune` wins much of the drop back.
         keep_at_least: no group goes below this fraction of the width it came with.
-        round_to: widths become multiples of this; 0 means the device's vector width.
+        round_to: widths become multiples of this; 0 means the device's vector width, "measured" the one of it and its
+            halves (down to 4) whose networks, cut to the goal, take the device least time for each multiply-add that is
+            left; the finest of equally good ones.
         recover: a short training after each round, before it is judged.
     """
 
@@ -63,13 +68,13 @@ class Prune(Settings):
     latency: float | None = Field(gt=0, lt=1, default=None)
     rounds: int = Field(ge=1, default=4)
     retries: int = Field(ge=0, default=2)
-    search: Literal["value", "sequential", "uniform"] = "value"
+    search: Search = "value"
     criterion: str = "taylor"
     combine: Combine = "max"
     batches: int = Field(ge=1, default=16)
     slack: float = Field(ge=1, default=1.0)
     keep_at_least: float = Field(ge=0, le=1, default=0.1)
-    round_to: int = Field(ge=0, default=0)
+    round_to: Annotated[int, Field(ge=0)] | Literal["measured"] = 0
     recover: Training | None = None
 
     @model_validator(mode="after")
@@ -86,6 +91,8 @@ class Prune(Settings):
 
     def run(self, model: MultiTaskModel, bench: Bench) -> MultiTaskModel:
         """The furthest point towards the goal at which every task is inside its (slackened) budget."""
+        if self.round_to == "measured":
+            return self._rounded(model, bench).run(model, bench)
         if self.latency is None:
             return self._rounds(model, bench, (self.macs, self.parameters), self.rounds)[0]
         if bench.speed is None:
@@ -133,10 +140,34 @@ class Prune(Settings):
 
     def _widths(self, start: Prunable, bench: Bench) -> tuple[int, dict[str, int]]:
         """What widths are multiples of, and the least width of each group."""
-        multiple = self.round_to or bench.multiple
+        multiple = bench.multiple if self.round_to == "measured" else self.round_to or bench.multiple
         return multiple, {
             group.name: max(min(multiple, len(group)), ceil(self.keep_at_least * len(group))) for group in start.groups
         }
+
+    def _rounded(self, model: MultiTaskModel, bench: Bench) -> "Prune":
+        """These settings with a number for `round_to`: the finest multiple that costs no more time a multiply-add.
+
+        A coarse multiple may go far past the goal in a small network, so that latencies alone would not compare.
+        """
+        if bench.speed is None:
+            raise CompressError("round_to = 'measured' needs a device to measure on; give a number, or 0.")
+        start = Prunable.of(model)
+        share = min(fraction for fraction in (self.macs, self.latency, 1.0) if fraction is not None)
+        full = start.cost(start.keep_all())
+        goal = _goal(full, (share, self.parameters), 1.0)
+        search: Search = "value" if self.search == "sequential" else self.search
+        took: dict[int, float] = {}
+        multiple = bench.multiple
+        while multiple >= min(_FINEST, bench.multiple):
+            tried = self.model_copy(update={"round_to": multiple, "search": search})
+            cut = tried._shrink(model, bench, goal, *tried._widths(start, bench), {})
+            took[multiple] = bench.speed(cut.model) / max(cut.costs[0] / full[0], 1e-9)
+            multiple //= 2
+        best = min(m for m in took if took[m] <= (1 + _EQUAL) * min(took.values()))
+        told = ", ".join(f"{m}: {time:.2f}" for m, time in took.items())
+        bench.note(f"widths are multiples of {best}; time a multiply-add over the original's, by multiple: {told}.")
+        return self.model_copy(update={"round_to": best})
 
     def _rounds(
         self, model: MultiTaskModel, bench: Bench, fractions: tuple[float | None, float | None], rounds: int
