@@ -1,0 +1,1 @@
+"""MultiFashion: which two garments overlap in one picture, two tasks on one small residual network."""

@@ -1,0 +1,1 @@
+"""All-in-one restoration: five degradations of photographs, five tasks on one trunk."""
