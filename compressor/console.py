@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compressor.report.schema import Report
-    from compressor.sweep import Sweep
+    from compressor.report.search import Sweep
     from compressor.tuning import Tuned
 
 
@@ -136,27 +136,50 @@ def print_tuned(tuned: "Sequence[Tuned]") -> None:
     sys.stdout.write(f"{len(tuned)} layers measured, {len(changed)} with another kernel than untuned\n")
 
 
-def print_sweep(found: "Sweep", folder: Path) -> None:
-    """The Pareto front by work; the point that was chosen is marked."""
-    front = [point for point in found.trials if point.front]
+def print_search(plan: dict[str, Any]) -> None:
+    """What a sweep would search, and what is missing."""
     print_table(
-        ("trial", "work left", "least of a budget", "", "settings"),
+        ("setting", "searched", "the recipe's own"),
         [
-            (
-                str(point.number),
-                f"{point.work:.1%}",
-                f"{point.margin:+.0%}",
-                "chosen" if point.number == found.chosen else "",
-                ", ".join(f"{key}={value}" for key, value in point.settings.items()),
-            )
-            for point in front
+            (row["setting"], row["over"], "-" if row["own"] is None else str(row["own"]))
+            for row in plan["searched"]
         ],
         figures=False,
     )
-    for number, why in found.failed.items():
-        sys.stdout.write(f"trial {number} failed: {why}\n")
-    done = f"{len(found.trials)} trials finished, {len(front)} on the front"
+    first = "first, the recipe's own settings" if plan["own_first"] else "none has the recipe's own settings"
+    sys.stdout.write(
+        f"{plan['finished']} trials finished, {plan['missing']} to run ({first}); "
+        f"training alone takes about {plan['seconds']:.0f} s a trial as the recipe stands\n"
+    )
+
+
+def print_sweep(found: "Sweep", folder: Path, as_json: bool) -> None:
+    """The Pareto front by work; the trial that was chosen and the recipe's own are marked."""
+    from compressor.report.front import mark, share, value
+
+    if as_json:
+        print_json(found.model_dump(mode="json", by_alias=True))
+        return
+    print_table(
+        ("trial", "", "work left", "margin", *(task.name for task in found.tasks), "settings"),
+        [
+            (
+                str(point.number),
+                mark(found, point),
+                f"{point.work:.1%}",
+                share(point.margin),
+                *(f"{point.scores[task.name]:.4g}" if task.name in point.scores else "-" for task in found.tasks),
+                ", ".join(f"{key}={value(setting)}" for key, setting in point.settings.items()),
+            )
+            for point in found.front
+        ],
+        figures=False,
+    )
+    for failure in found.failed:
+        sys.stdout.write(f"trial {failure.number} failed: {failure.why}\n")
+    sys.stdout.write(f"{len(found.trials)} trials finished, {len(found.front)} on the front")
     if found.chosen is None:
-        sys.stdout.write(f"{done}; none keeps every task inside its budget.\n")
+        sys.stdout.write("; none keeps every task inside its budget.\n")
     else:
-        sys.stdout.write(f"{done}; the recipe of trial {found.chosen} is {folder / 'chosen.toml'}\n")
+        sys.stdout.write(f"; the recipe of trial {found.chosen} is {folder / 'chosen.toml'}\n")
+    sys.stdout.write(f"{folder / 'sweep.html'}\n")
