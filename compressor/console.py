@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from compressor.report.schema import Report
@@ -23,7 +23,8 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, figures
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, title in enumerate(header):
-        table.add_column(title, justify="right" if index and figures else "left", no_wrap=not sys.stdout.isatty())
+        side: Literal["left", "right"] = "right" if index and figures else "left"
+        table.add_column(title, justify=side, no_wrap=not sys.stdout.isatty(), overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
@@ -161,22 +162,29 @@ def print_sweep(found: "Sweep", folder: Path, as_json: bool) -> None:
         print_json(found.model_dump(mode="json", by_alias=True))
         return
     print_table(
-        ("trial", "", "work left", "margin", *(task.name for task in found.tasks), "settings"),
+        ("trial", "work left", "margin", *(task.name for task in found.tasks), ""),
         [
             (
                 str(point.number),
-                mark(found, point),
                 f"{point.work:.1%}",
                 share(point.margin),
                 *(f"{point.scores[task.name]:.4g}" if task.name in point.scores else "-" for task in found.tasks),
-                ", ".join(f"{key}={value(setting)}" for key, setting in point.settings.items()),
+                mark(found, point),
             )
             for point in found.front
         ],
         figures=False,
     )
-    for failure in found.failed:
-        sys.stdout.write(f"trial {failure.number} failed: {failure.why}\n")
+    sys.stdout.write("\n")
+    print_table(
+        ("trial", *found.searched),
+        [(str(point.number), *(value(point.settings[name]) for name in found.searched)) for point in found.front],
+        figures=False,
+    )
+    sys.stdout.write("\n")
+    for why in dict.fromkeys(failure.why for failure in found.failed):
+        numbers = [str(failure.number) for failure in found.failed if failure.why == why]
+        sys.stdout.write(f"trial{'s' * (len(numbers) > 1)} {', '.join(numbers)} failed: {why}\n")
     sys.stdout.write(f"{len(found.trials)} trials finished, {len(found.front)} on the front")
     if found.chosen is None:
         sys.stdout.write("; none keeps every task inside its budget.\n")

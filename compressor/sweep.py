@@ -26,7 +26,6 @@ import torch
 from compressor import pipeline
 from compressor import recipe as recipes
 from compressor.errors import CompressError
-from compressor.pipeline import Job
 from compressor.progress import Reporter, Silent
 from compressor.recipe import Choices, Recipe
 from compressor.report import front
@@ -127,7 +126,7 @@ def plan(path: Path, overrides: Sequence[str], out: Path, trials: int) -> dict[s
     }
 
 
-def _prepared(path: Path, overrides: Sequence[str]) -> tuple[Recipe, Job]:
+def _prepared(path: Path, overrides: Sequence[str]) -> tuple[Recipe, pipeline.Job]:
     recipe, base = recipes.load(path, overrides)
     if not recipe.sweep:
         raise CompressError("The recipe has no [sweep]: name the settings to search, such as 'stages.0.macs'.")
@@ -203,7 +202,7 @@ class _Search:
             asked.set_user_attr(name, getattr(outcome, name))
         self.study.tell(asked, [outcome.work, outcome.margin])
 
-    def found(self, job: Job, command: str) -> Sweep:
+    def found(self, job: pipeline.Job, command: str) -> Sweep:
         """All trials so far.
 
         Raises:

@@ -208,7 +208,7 @@ def compress(*arguments: object) -> str:
 def test_the_verb_prints_the_front_and_draws_it_anew(recipe: Path, at_once: None) -> None:
     out = recipe.parent / "out"
     said = compress("sweep", recipe, "--trials", 3, "--out", out)
-    assert "the recipe's own" in said and "3 trials finished" in said and str(out / "sweep.html") in said
+    assert "recipe's own" in said and "3 trials finished" in said and str(out / "sweep.html") in said
     page = (out / "sweep.html").read_text()
     (out / "sweep.html").unlink()
     assert compress("report", out) == said

@@ -152,7 +152,7 @@ def _scored(result: TaskResult) -> tuple[str | Cell, ...]:
 
 def mark(sweep: Sweep, point: Point) -> str:
     """What is to be said of a trial beside its figures."""
-    marks = (("chosen", sweep.chosen), ("the recipe's own", sweep.own))
+    marks = (("chosen", sweep.chosen), ("recipe's own", sweep.own))
     return ", ".join(text for text, trial in marks if trial == point.number)
 
 
