@@ -93,6 +93,8 @@ def sweep(
         given = search.trials(missing, progress)
         with closing(_outcomes(given, min(workers, missing), ray, progress)) as outcomes:
             for trial, outcome in outcomes:
+                if isinstance(outcome, Outcome) and not trial.folder.is_dir():
+                    outcome = Failed(f"'{trial.folder}' is not here: --out must be a folder that all machines share.")
                 search.tell(trial, outcome)
                 progress.line(f"Trial {trial.number}: {_told(outcome)}")
         found = search.found(job, command)

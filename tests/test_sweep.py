@@ -149,6 +149,12 @@ def test_an_error_nobody_expects_ends_the_sweep_and_is_not_met_again(
     assert sorted(point.number for point in found.trials) == [1, 2]
 
 
+def test_a_trial_whose_folder_stayed_elsewhere_is_none(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps, "attempt", lambda *_: sweeps.Outcome(0.5, 0.5, {}, {}, 1.0))
+    with pytest.raises(CompressError, match="trials/0' is not here: --out must be a folder that all machines share"):
+        searched(recipe, 1)
+
+
 def test_workers_share_the_trials(recipe: Path) -> None:
     found = searched(recipe, 2, 2, "stages.0.recover.steps=1", "stages.1.steps=1")
     assert {point.number for point in found.trials} == {0, 1}
