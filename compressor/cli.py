@@ -19,6 +19,7 @@ from compressor.console import (
     print_plan,
     print_profile,
     print_report,
+    print_search,
     print_sweep,
     print_table,
     print_tuned,
@@ -232,32 +233,46 @@ def sweep(
     trials: Annotated[int, typer.Option(min=1, help="Finished trials wanted; earlier ones count.")] = 20,
     out: Annotated[Path, typer.Option("--out", "-o", help="The sweep's folder.")] = Path("runs/sweep"),
     overrides: Overrides = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that run trials side by side.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Trials side by side, each in a process of its own.")] = 1,
+    ray: Annotated[
+        str | None, typer.Option("--ray", metavar="ADDRESS", help="Run them on the Ray cluster there, such as 'auto'.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be searched; write nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search a recipe's [sweep] settings for the least work inside the budgets; goes on where it was stopped."""
-    from dataclasses import asdict
-
+    """Search a recipe's \\[sweep] settings for the least work inside the budgets; goes on where it was stopped."""
     from compressor import sweep as sweeps
     from compressor.progress import Reporter
 
     path = recipe / "recipe.toml" if recipe.is_dir() else recipe
-    found = sweeps.sweep(path, overrides or [], out, trials, workers, Reporter())
-    if as_json:
-        print_json(asdict(found))
-    else:
-        print_sweep(found, out)
+    if dry_run:
+        plan = sweeps.plan(path, overrides or [], out, trials)
+        if as_json:
+            print_json(plan)
+        else:
+            print_search(plan)
+        return
+    command = shlex.join(["compress", *sys.argv[1:]])
+    found = sweeps.sweep(path, overrides or [], out, trials, workers, Reporter(), ray=ray, command=command)
+    print_sweep(found, out, as_json)
     if found.chosen is None:
         raise typer.Exit(OUTSIDE_BUDGET)
 
 
 @verb
 def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")], as_json: AsJson = False
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN|SWEEP", help="A run's or a sweep's folder.")],
+    as_json: AsJson = False,
 ) -> None:
-    """Draw report.html anew from report.json, and print the verdict."""
-    from compressor.report import read, write
+    """Draw the HTML anew from report.json or sweep.json, and print the verdict."""
+    from compressor.report import front, read, write
+    from compressor.report.page import replace_together
 
+    if (run_folder / front.JSON).exists():
+        swept = front.read(run_folder)
+        replace_together(front.texts(swept), run_folder)
+        print_sweep(swept, run_folder, as_json)
+        return
     found = read(run_folder)
     write(found, run_folder)
     print_report(found, run_folder, as_json)

@@ -4,11 +4,11 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from compressor.report.schema import Report
-    from compressor.sweep import Sweep
+    from compressor.report.search import Sweep
     from compressor.tuning import Tuned
 
 
@@ -23,7 +23,8 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, figures
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, title in enumerate(header):
-        table.add_column(title, justify="right" if index and figures else "left", no_wrap=not sys.stdout.isatty())
+        side: Literal["left", "right"] = "right" if index and figures else "left"
+        table.add_column(title, justify=side, no_wrap=not sys.stdout.isatty(), overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
@@ -136,27 +137,57 @@ def print_tuned(tuned: "Sequence[Tuned]") -> None:
     sys.stdout.write(f"{len(tuned)} layers measured, {len(changed)} with another kernel than untuned\n")
 
 
-def print_sweep(found: "Sweep", folder: Path) -> None:
-    """The Pareto front by work; the point that was chosen is marked."""
-    front = [point for point in found.trials if point.front]
+def print_search(plan: dict[str, Any]) -> None:
+    """What a sweep would search, and what is missing."""
     print_table(
-        ("trial", "work left", "least of a budget", "", "settings"),
+        ("setting", "searched", "the recipe's own"),
+        [
+            (row["setting"], row["over"], "-" if row["own"] is None else str(row["own"]))
+            for row in plan["searched"]
+        ],
+        figures=False,
+    )
+    first = "first, the recipe's own settings" if plan["own_first"] else "none has the recipe's own settings"
+    sys.stdout.write(
+        f"{plan['finished']} trials finished, {plan['missing']} to run ({first}); "
+        f"training alone takes about {plan['seconds']:.0f} s a trial as the recipe stands\n"
+    )
+
+
+def print_sweep(found: "Sweep", folder: Path, as_json: bool) -> None:
+    """The Pareto front by work; the trial that was chosen and the recipe's own are marked."""
+    from compressor.report.front import mark, share, value
+
+    if as_json:
+        print_json(found.model_dump(mode="json", by_alias=True))
+        return
+    print_table(
+        ("trial", "work left", "margin", *(task.name for task in found.tasks), ""),
         [
             (
                 str(point.number),
                 f"{point.work:.1%}",
-                f"{point.margin:+.0%}",
-                "chosen" if point.number == found.chosen else "",
-                ", ".join(f"{key}={value}" for key, value in point.settings.items()),
+                share(point.margin),
+                *(f"{point.scores[task.name]:.4g}" if task.name in point.scores else "-" for task in found.tasks),
+                mark(found, point),
             )
-            for point in front
+            for point in found.front
         ],
         figures=False,
     )
-    for number, why in found.failed.items():
-        sys.stdout.write(f"trial {number} failed: {why}\n")
-    done = f"{len(found.trials)} trials finished, {len(front)} on the front"
+    sys.stdout.write("\n")
+    print_table(
+        ("trial", *found.searched),
+        [(str(point.number), *(value(point.settings[name]) for name in found.searched)) for point in found.front],
+        figures=False,
+    )
+    sys.stdout.write("\n")
+    for why in dict.fromkeys(failure.why for failure in found.failed):
+        numbers = [str(failure.number) for failure in found.failed if failure.why == why]
+        sys.stdout.write(f"trial{'s' * (len(numbers) > 1)} {', '.join(numbers)} failed: {why}\n")
+    sys.stdout.write(f"{len(found.trials)} trials finished, {len(found.front)} on the front")
     if found.chosen is None:
-        sys.stdout.write(f"{done}; none keeps every task inside its budget.\n")
+        sys.stdout.write("; none keeps every task inside its budget.\n")
     else:
-        sys.stdout.write(f"{done}; the recipe of trial {found.chosen} is {folder / 'chosen.toml'}\n")
+        sys.stdout.write(f"; the recipe of trial {found.chosen} is {folder / 'chosen.toml'}\n")
+    sys.stdout.write(f"{folder / 'sweep.html'}\n")

@@ -67,6 +67,27 @@ class Choices(Settings):
             raise ValueError("'log' needs a 'low' above 0")
         return self
 
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+    def fitted(self, value: object) -> str | int | float | bool | None:
+        """A value as one of these, or None when it is none of them."""
+        if self.choices:
+            return next((c for c in self.choices if c == value and (type(c) is bool) == (type(value) is bool)), None)
+        assert self.low is not None and self.high is not None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not self.low <= value <= self.high:
+            return None
+        if self.whole:
+            return int(value) if value == int(value) else None
+        return float(value)
+
+    def __str__(self) -> str:
+        if self.choices:
+            return f"one of {', '.join(str(choice) for choice in self.choices)}"
+        orders = ", by orders of magnitude" if self.log else ""
+        return f"{self.low} to {self.high}{', whole' * self.whole}{orders}"
+
 
 class Recipe(Settings):
     """The whole recipe.
@@ -208,6 +229,27 @@ def _override(raw: dict[str, Any], text: str) -> None:
             at[last] = parsed
     except (IndexError, ValueError, AttributeError, TypeError):
         raise CompressError(f"--set {key}: there is no such place in the recipe.") from None
+
+
+def setting(recipe: Recipe, key: str) -> object:
+    """What a recipe has at `a.b.c`, the names that `--set` takes; None below a table that it lacks.
+
+    Raises:
+        CompressError: no recipe has such a setting.
+    """
+    at: Any = recipe
+    for part in key.split("."):
+        if isinstance(at, Settings):
+            if part not in type(at).model_fields:
+                raise CompressError(f"'{key}': no option '{part}'.{did_you_mean(part, type(at).model_fields)}")
+            at = getattr(at, part)
+        elif isinstance(at, tuple):
+            if not part.isdecimal() or int(part) >= len(at):
+                raise CompressError(f"'{key}': there are {len(at)} of them, counted from 0, and no '{part}'.")
+            at = at[int(part)]
+        else:
+            at = at.get(part) if isinstance(at, Mapping) else None
+    return at
 
 
 def checkpoint(table: WorkloadTable, base: Path) -> Path | None:

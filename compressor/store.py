@@ -19,7 +19,7 @@ from targets.artifact import sync
 
 MARK = ".taskpress"
 FACTS = "facts.json"
-LEFTOVERS = ("work/.new-*", "artifacts/.*", ".report.*")
+LEFTOVERS = ("work/.new-*", "artifacts/.*", ".report.*", ".sweep.*", ".chosen.*")
 """What a killed run may leave: unfinished entries, artifacts and reports, none of them under its final name."""
 
 _PARTIAL = ".partial-"

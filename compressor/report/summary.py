@@ -6,7 +6,7 @@ from compressor.report.schema import Report, TaskResult
 
 
 def section(report: Report) -> Section:
-    blocks: list[Block] = [Lines(tuple(_verdict(task) for task in report.tasks)), Tiles(tuple(_tiles(report)))]
+    blocks: list[Block] = [Lines(tuple(verdict(task) for task in report.tasks)), Tiles(tuple(_tiles(report)))]
     if report.warnings:
         blocks.append(Lines(tuple(Cell(f"Warning: {text}", "warn") for text in report.warnings)))
     return Section(_headline(report.tasks), tuple(blocks))
@@ -22,15 +22,16 @@ def _headline(tasks: tuple[TaskResult, ...]) -> str:
     return f"All {len(tasks)} tasks are within their budgets" if len(tasks) > 1 else "The task is within its budget"
 
 
-def _verdict(task: TaskResult) -> Cell:
+def verdict(task: TaskResult) -> Cell:
+    """A task's scores, and whether it is within its budget, in a sentence."""
     if task.before is None or task.after is None:
         return Cell(f"{task.name}: cannot be scored, so its budget was not judged.", "quiet")
     scores = f"{task.name}: {task.metric} {number(task.before, 4)} \N{RIGHTWARDS ARROW} {number(task.after, 4)}"
     if task.budget is None:
         return Cell(f"{scores}, no budget set.", "quiet")
-    verdict = "within" if task.within_budget else "beyond"
+    judged = "within" if task.within_budget else "beyond"
     return Cell(
-        f"{scores}, {verdict} its budget of {task.budget_text}{_used(task)}.", "good" if task.within_budget else "bad"
+        f"{scores}, {judged} its budget of {task.budget_text}{_used(task)}.", "good" if task.within_budget else "bad"
     )
 
 
