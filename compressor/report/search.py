@@ -43,7 +43,7 @@ class Point(Part):
 
     Attributes:
         settings: what was set, by the names that `--set` takes.
-        work: share of the original's multiply-adds that is left, times the share of weights that is not zero.
+        work: share of the original's multiply-adds that is left and has a weight which is not zero.
         margin: least share of a budget that is left to any task (negative: overspent).
         scores: by task.
         front: no other trial is better in work or margin without being worse in the other.
