@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import compressor.checkpoint as checkpoint
+import compressor.thresholds as thresholds
+import compressor.training as training
 from compressor.bench import Bench
 from compressor.channels import Axis
 from compressor.components import components, left_by_component, names_of_components
@@ -21,7 +24,8 @@ from compressor.saliency import alive, by_tasks, magnitude, prunable
 from compressor.stages.finetune import Finetune
 from compressor.stages.prune import Prune
 from compressor.stages.ticket import Ticket, rewind
-from compressor.training import Training
+from compressor.thresholds import learnt
+from compressor.training import Training, train
 
 
 @pytest.fixture
@@ -331,11 +335,14 @@ def test_a_goal_for_what_is_no_component_is_refused(model: MultiTaskModel, bench
     [
         ({"pattern": "2:4"}, "leave 'keep_ratio' out"),
         ({"keep_ratio": None, "schedule": [0.5], "pattern": "2:4"}, "leave 'schedule' out"),
+        ({"keep_ratio": None, "pattern": "2:4", "saliency": "learnt"}, "which '2:4' fixes"),
         ({"schedule": [0.5, 0.1], "keep": {"a": 0.1}}, "leave 'keep_ratio', 'keep' out"),
         ({"keep_ratio": None, "schedule": [0.5]}, "leave 'rounds' out"),
         ({"keep_ratio": None, "rounds": None, "schedule": [0.5, 0.5]}, "falls from round to round"),
         ({"keep_ratio": None, "rounds": None, "schedule": [1.0, 0.5]}, "falls from round to round"),
         ({"keep": {"a": 0.0}}, "'keep.a' is a fraction above 0, up to 1"),
+        ({"saliency": "learnt", "scope": "layer"}, "leave 'keep' and scope 'layer' out"),
+        ({"saliency": "learnt", "train": {"steps": 0}}, "let 'train' have steps"),
         ({"rewind": "inti"}, "'rewind' is 'trained', 'init' or a number of steps, not 'inti'"),
         ({"rewind": "init", "train": {"steps": 0}}, "needs 'train' to have steps"),
         ({"rewind": 4}, "'rewind' is 4, but 'train' has 3 steps"),
@@ -385,3 +392,82 @@ def test_a_search_ends_where_nothing_lies_between(model: MultiTaskModel, bench: 
     after = stage.run(model, bench)
     assert len(asked) == 2 and bench.short
     assert set(after.masks["fused.weight"].reshape(-1, 4).sum(1).tolist()) == {3}
+
+
+# --- learnt thresholds
+
+
+def test_a_component_that_no_loss_protects_loses_most(model: MultiTaskModel, bench: Bench) -> None:
+    """The same density overall, exactly; who has it follows from the losses."""
+    found = []
+    for weight in (0.0, 10.0):
+        how = Training(steps=16, learning_rate=2e-2, distill="always", loss_weights={"mask": weight})
+        after = ticket(saliency="learnt", keep_ratio=0.3, rounds=1, train=how).run(model, bench)
+        assert kept(after.masks) == round(0.3 * sum(mask.numel() for mask in after.masks.values()))
+        assert list(after.module.state_dict()) == list(model.module.state_dict()), "no threshold is left behind"
+        left, whole = left_by_component(after, components(model, list(after.masks)))["mask"]
+        found.append(left / whole)
+    assert found[0] < 0.5 * found[1]
+
+
+def test_thresholds_hold_the_number_left_to_its_course(
+    model: MultiTaskModel, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network trains with as many weights as are asked for at last; what was pruned before stays at zero."""
+    seen: list[list[int]] = []
+
+    def watching(model: MultiTaskModel, *args: object) -> None:
+        layers = [model.module.down[0], model.module.fused]
+        model.module.register_forward_hook(lambda *_: seen.append([int((x.weight != 0).sum()) for x in layers]))
+        train(model, *args)  # type: ignore[arg-type]
+        assert bool((layers[0].weight[~dead] == 0).all())
+
+    monkeypatch.setattr(thresholds, "train", watching)
+    names = ["down.0.weight", "fused.weight"]
+    dead = torch.rand(32, 16, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.5
+    model.masks = {"down.0.weight": dead}
+    model.module.down[0].weight.data.mul_(dead)
+    first = kept(alive(model, names))
+    score = learnt(model, components(model, names), (first, 400), bench, Training(steps=8), "x", 0)
+    totals = [sum(each) for each in seen]
+    course = [round(400 + (first - 400) * (1 - done / 8) ** 3) for done in range(1, 9)]
+    assert totals == pytest.approx(course, abs=3)
+    masks = best(score, alive(model, names), 400 / first)
+    assert kept(masks) == 400 and not bool((masks["down.0.weight"] & ~dead).any())
+
+
+def test_learning_thresholds_goes_on_where_it_was_killed(
+    model: MultiTaskModel, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = components(model, ["inner.0.weight", "fused.weight"])
+    told = (part, (9000, 3000), bench, Training(steps=6, learning_rate=1e-2), "x", 0)
+    wanted = learnt(model, *told)
+    bench.checkpoints = tmp_path / "checkpoints"
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    plain, calls = training._losses, iter(range(100))
+
+    def deadly(*args: object) -> dict[str, Tensor]:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "_losses", deadly)
+    with pytest.raises(KeyboardInterrupt):
+        learnt(model, *told)
+    again = learnt(model, *told)
+    assert next(calls) == 7 and all(torch.equal(score, again[name]) for name, score in wanted.items())
+
+
+def test_a_weight_that_two_layers_share_has_one_threshold(
+    model: MultiTaskModel, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.module.inner[0].weight = model.module.outer[0].weight
+
+    def watching(model: MultiTaskModel, *args: object) -> None:
+        train(model, *args)  # type: ignore[arg-type]
+        inner, outer = model.module.inner[0].weight, model.module.outer[0].weight
+        assert torch.equal(inner, outer) and int((outer != 0).sum()) == pytest.approx(1000, abs=50)
+
+    monkeypatch.setattr(thresholds, "train", watching)
+    score = learnt(model, components(model, ["inner.0.weight"]), (9216, 1000), bench, Training(steps=2), "x", 0)
+    assert list(score) == ["inner.0.weight"]

@@ -18,10 +18,11 @@ from compressor.errors import CompressError
 from compressor.masks import Pattern, Scope, Scores, count, keep_most, keep_n_of_m, pools_of
 from compressor.model import MultiTaskModel, get_tensor
 from compressor.saliency import Also, alive, by_tasks, magnitude, prunable
+from compressor.thresholds import learnt
 from compressor.training import Training, train
 from profiles.settings import Settings, did_you_mean
 
-Saliency = Literal["magnitude", "tasks"]
+Saliency = Literal["magnitude", "tasks", "learnt"]
 
 SHARE_A_ROUND = 0.8  # of the survivors, where the budgets alone decide how many rounds there are
 
@@ -42,8 +43,9 @@ class Ticket(Settings):
         retries: when a round leaves a budget: so many densities are tried, each half way (geometrically) between the
             last that kept them all and the first that did not.
         scope: one threshold for the whole network, or the same share in every layer.
-        saliency: "magnitude" of the weight; or "tasks": a weight goes when every task ranks it low by its own gradient
-            (DiSparse), measured on `calibrate_batches`.
+        saliency: "magnitude" of the weight; "tasks": a weight goes when every task ranks it low by its own gradient
+            (DiSparse), measured on `calibrate_batches`; or "learnt": a training before each round finds a threshold for
+            each component (AdapMTL, `compressor/thresholds.py`).
         pattern: "free"; blocks of outputs that are kept or pruned together, such as "4x1", which the CPU's kernels run
             1.4 times as fast as scattered weights; or N of each M inputs, such as "2:4", which sets the ratio itself.
         prune_also: what is pruned beside the weights of convolutions and linear layers: their "bias", the "norm" layers
@@ -88,9 +90,12 @@ class Ticket(Settings):
     def _has_one_goal(self) -> "Ticket":
         ratios = {"keep_ratio": self.keep_ratio is not None, "keep": bool(self.keep)}
         given = ", ".join(f"'{name}'" for name, there in ratios.items() if there)
-        if Pattern.parse(self.pattern).of and (given or self.schedule):
-            wrong = given or "'schedule'"
-            raise ValueError(f"pattern '{self.pattern}' says how many weights stay; leave {wrong} out")
+        if Pattern.parse(self.pattern).of:
+            if given or self.schedule:
+                wrong = given or "'schedule'"
+                raise ValueError(f"pattern '{self.pattern}' says how many weights stay; leave {wrong} out")
+            if self.saliency == "learnt":
+                raise ValueError(f"saliency 'learnt' finds how many weights stay where, which '{self.pattern}' fixes")
         if self.schedule:
             if not all(before > after for before, after in pairwise((1.0, *self.schedule, 0.0))):
                 raise ValueError("'schedule' falls from round to round, between 1 and 0")
@@ -100,6 +105,11 @@ class Ticket(Settings):
                 raise ValueError("'schedule' has a ratio for each round; leave 'rounds' out")
         if odd := [name for name, ratio in self.keep.items() if not 0 < ratio <= 1]:
             raise ValueError(f"'keep.{odd[0]}' is a fraction above 0, up to 1")
+        if self.saliency == "learnt" and (self.keep or self.scope == "layer" or not self.train.steps):
+            raise ValueError(
+                "saliency 'learnt' finds by training how many weights stay where: "
+                "leave 'keep' and scope 'layer' out, and let 'train' have steps"
+            )
         return self
 
     @property
@@ -108,7 +118,8 @@ class Ticket(Settings):
 
     @property
     def train_steps(self) -> int:
-        return self.train.steps * (self.turns + (1 if isinstance(self.rewind, int) else 0))
+        each = 2 if self.saliency == "learnt" else 1
+        return self.train.steps * (self.turns * each + (1 if isinstance(self.rewind, int) else 0))
 
     def run(self, model: MultiTaskModel, bench: Bench) -> MultiTaskModel:
         """The sparsest found at which every task is inside its (slackened) budget; masks nest from round to round.
@@ -137,10 +148,7 @@ class Ticket(Settings):
             turn, tries = turn + 1, tries - bool(failed)
             title = f"ticket, a smaller step ({tries} left)" if failed else f"ticket {round(aim)}/{self.turns}"
             seed = bench.seed + turn
-            score = (
-                by_tasks(trained, names, bench, self.calibrate_batches) if self.saliency == "tasks"
-                else magnitude(trained, names)
-            )
+            score = self._score(trained, part, sum(left), bench, f"{title}, thresholds", seed)
             masks = course.masks(score, alive(trained, names), left)
             candidate = rewind(trained, rewound, masks)
             if self.train.steps:
@@ -190,6 +198,17 @@ class Ticket(Settings):
             return trained, saved
         source = initial(model, bench) if self.rewind == "init" else model.module
         return trained, {name: value.detach().clone() for name, value in source.state_dict().items()}
+
+    def _score(
+        self, model: MultiTaskModel, part: Mapping[str, Tensor], left: int, bench: Bench, title: str, seed: int
+    ) -> dict[str, Tensor]:
+        names = list(part)
+        if self.saliency == "learnt":
+            now = sum(int(mask.sum()) for mask in alive(model, names).values())
+            return learnt(model, part, (now, left), bench, self.train, title, seed)
+        if self.saliency == "tasks":
+            return by_tasks(model, names, bench, self.calibrate_batches)
+        return magnitude(model, names)
 
 
 @dataclass(frozen=True, slots=True)
