@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compressor.model import MultiTaskModel
-from compressor.pathway import Pathway, extract
+from compressor.pathway import Pathway, elements, extract
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def inspect(model: MultiTaskModel, task_sets: Sequence[tuple[str, ...]]) -> list
     """
     alone = {task.name: extract(model, [task.name]) for task in model.tasks}
     cut: dict[tuple[str, ...], Pathway] = {(name,): pathway for name, pathway in alone.items()}
-    needs = {name: _elements(model, pathway) for name, pathway in alone.items()}
+    needs = {name: elements(model, pathway.tensors, pathway.kept) for name, pathway in alone.items()}
     return [_row(model, cut.get(tuple(tasks)) or extract(model, tasks), needs) for tasks in task_sets]
 
 
@@ -46,22 +46,7 @@ def _row(model: MultiTaskModel, pathway: Pathway, alone: Mapping[str, Mapping[st
     outside = [needs for task, needs in alone.items() if task not in pathway.tasks]
     least = 1 if outside else 2
     shared = 0
-    for name, elements in _elements(model, pathway).items():
+    for name, own in elements(model, pathway.tensors, pathway.kept).items():
         users = sum((n[name].int() for n in outside or alone.values() if name in n), torch.zeros(()))
-        shared += int((elements & (users >= least)).sum())
+        shared += int((own & (users >= least)).sum())
     return Row(pathway.tasks, pathway.macs, pathway.parameters(model), shared)
-
-
-def _elements(model: MultiTaskModel, pathway: Pathway) -> dict[str, Tensor]:
-    """For each trained tensor a pathway reads: which of its elements."""
-    found = {}
-    for name, parameter in model.module.named_parameters(remove_duplicate=False):
-        if name not in pathway.tensors:
-            continue
-        elements = torch.ones(parameter.shape, dtype=torch.bool)
-        for dim, kept in pathway.kept.get(name, {}).items():
-            side = torch.zeros(parameter.shape[dim], dtype=torch.bool)
-            side[list(kept)] = True
-            elements &= side.reshape([-1 if d == dim else 1 for d in range(parameter.dim())])
-        found[name] = elements
-    return found

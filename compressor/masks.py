@@ -45,44 +45,60 @@ class Pattern:
 
     def fits(self, weight_OI: Tensor) -> bool:
         """Whether a weight's outputs, or inputs, are whole multiples."""
-        return weight_OI.shape[0] % self.block == 0 and (not self.of or weight_OI.shape[1] % self.of == 0)
+        inputs = weight_OI.shape[1] if weight_OI.dim() > 1 else 1
+        return weight_OI.shape[0] % self.block == 0 and (not self.of or inputs % self.of == 0)
+
+
+def pools_of(part: Scores, scope: Scope, parts: int) -> dict[str, Tensor]:
+    """The pool of each weight, int64: its part (0 to `parts`) of the whole network, or of its own layer."""
+    step = parts if scope == "layer" else 0
+    return {name: number + step * layer for layer, (name, number) in enumerate(part.items())}
+
+
+def count(pool: Scores, alive: Scores) -> list[int]:
+    """How many weights of each pool are alive."""
+    pools = 1 + max((int(number.max()) for number in pool.values()), default=-1)
+    counts = torch.zeros(pools, dtype=torch.int64)
+    for name, number in pool.items():
+        counts += torch.bincount(number[alive[name]], minlength=pools)
+    return [int(size) for size in counts]
 
 
 def keep_most(
-    score: Scores, alive: Scores, share: float, scope: Scope, block: int = 1
+    score: Scores, alive: Scores, pool: Scores, left: Sequence[int], block: int = 1
 ) -> dict[str, Tensor]:
-    """Masks that keep `round(share * survivors)` of the weights that are alive, those of the highest scores.
+    """Masks that keep, of the weights of each pool that are alive, the `left` ones of the highest scores.
 
-    Among equal scores the earlier position is kept, so the count is exact; with blocks it is exact up to one block.
-    A weight whose outputs are no multiple of the block is pruned one by one.
+    Among equal scores the earlier position is kept, so the count is exact; with blocks it is exact up to one block, and
+    a block's weights are of one pool. A weight whose outputs are no multiple of the block is pruned one by one.
     """
-    units = {name: _units(score[name], alive[name], block) for name in score}
+    units = [(*_units(score[name], alive[name], block), pool[name]) for name in score]
+    value, size = (torch.cat([unit[k].flatten() for unit in units]) for k in (0, 1))
+    number = torch.cat([pools.reshape(len(v), -1, *pools.shape[1:])[:, 0].flatten() for v, _, pools in units])
+    order = value.argsort(descending=True, stable=True)
+    order = order[number[order].argsort(stable=True)]
+    sizes = torch.zeros(len(left), dtype=torch.int64).index_add_(0, number, size)
+    reached = size[order].cumsum(0) - (sizes.cumsum(0) - sizes)[number[order]]
+    flat = torch.zeros_like(value, dtype=torch.bool)
+    flat[order[reached <= torch.tensor(left)[number[order]]]] = True
     masks = {}
-    for pool in [list(score)] if scope == "global" else [[name] for name in score]:
-        value = torch.cat([units[name][0].flatten() for name in pool])
-        size = torch.cat([units[name][1].flatten() for name in pool])
-        keep = round(share * int(size.sum()))
-        order = value.argsort(descending=True, stable=True)
-        flat = torch.zeros_like(value, dtype=torch.bool)
-        flat[order[size[order].cumsum(0) <= keep]] = True
-        for name, part in zip(pool, torch.split(flat, [units[name][0].numel() for name in pool]), strict=True):
-            shape, rows = score[name].shape, score[name].shape[0] // len(units[name][0])
-            kept = part.reshape(units[name][0].shape).repeat_interleave(rows, 0)
-            masks[name] = kept.reshape(shape) & alive[name]
+    for (name, wanted), part in zip(score.items(), torch.split(flat, [v.numel() for v, _, _ in units]), strict=True):
+        rows = part.reshape(-1, wanted[0].numel())
+        masks[name] = rows.repeat_interleave(len(wanted) // len(rows), 0).reshape(wanted.shape) & alive[name]
     return masks
 
 
 def keep_n_of_m(score: Scores, alive: Scores, n: int, of: int) -> dict[str, Tensor]:
     """Masks that keep the `n` highest scores of each `of` neighbouring inputs, among those alive.
 
-    A weight whose inputs are no multiple stays as it is.
+    A weight whose inputs are no multiple, or that has none, stays as it is.
     """
     masks = {}
     for name, value in score.items():
-        if value.shape[1] % of:
+        if value.dim() < 2 or value.shape[1] % of:
             masks[name] = alive[name].clone()
             continue
-        living = torch.where(alive[name], value, -1.0)
+        living = torch.where(alive[name], value, -torch.inf)
         groups = living.movedim(1, -1).reshape(-1, of)
         kept = torch.zeros_like(groups, dtype=torch.bool)
         kept.scatter_(1, groups.argsort(dim=1, descending=True, stable=True)[:, :n], True)
@@ -104,9 +120,9 @@ def unanimous(scores: Sequence[Scores]) -> dict[str, Tensor]:
 
 
 def _units(score: Tensor, alive: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """(rows, columns) of what is kept or pruned at once: its score a weight (-1 if none is alive), its live weights."""
+    """(rows, columns) of what is kept or pruned at once: its score a weight (least if none lives), its live weights."""
     block = block if score.shape[0] % block == 0 else 1
     living = alive.reshape(len(score) // block, block, -1)
-    count = living.sum(1)
+    size = living.sum(1)
     total = torch.where(living, score.reshape(living.shape), 0.0).sum(1)
-    return torch.where(count > 0, total / count.clamp_min(1), -1.0), count
+    return torch.where(size > 0, total / size.clamp_min(1), -torch.inf), size

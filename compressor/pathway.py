@@ -4,7 +4,7 @@ Three cuts, each without changing an answer: operators no chosen answer depends 
 that only other tasks read; channels every remaining reader of which has only zero weights (as masks leave them).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,9 @@ from compressor.errors import CompressError
 from compressor.graph import EXACT, difference, tensor_of, tensors_of
 from compressor.macs import count_macs
 from compressor.model import MultiTaskModel
-from compressor.trace import export, flatten, trace
+from compressor.trace import export, flatten, living, trace
 
-__all__ = ["Pathway", "count_macs", "extract", "needed"]
+__all__ = ["Pathway", "count_macs", "elements", "extract", "needed", "reach"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +74,40 @@ def extract(model: MultiTaskModel, tasks: Sequence[str]) -> Pathway:
             f"The pathway of {'+'.join(tasks)} differs from the whole network by {error:.1e} of its largest answer; "
             "it was not used. Please report this network."
         )
-    kept: dict[str, dict[int, tuple[int, ...]]] = {}
-    for (name, dim), classes in channels.axes.items():
-        if not need[classes].all():
-            kept.setdefault(name, {})[dim] = tuple(need[classes].nonzero().flatten().tolist())
     network = flatten(export(part, model.inputs))
-    return Pathway(tuple(tasks), network, kept, *count_macs(network), error)
+    return Pathway(tuple(tasks), network, _kept(channels, need), *count_macs(network), error)
+
+
+def reach(model: MultiTaskModel) -> dict[str, dict[str, Tensor]]:
+    """By task, for each trained tensor: bool, of the elements that its answer depends on, whatever their values."""
+    probe = model.clone()
+    with torch.no_grad():
+        for parameter in probe.module.parameters():
+            parameter.fill_(1.0)
+    network, found = trace(probe), {}
+    for position, task in enumerate(model.tasks):
+        graph = fx.Graph()
+        answers = graph.graph_copy(network.graph, {})
+        graph.output((answers[position],))  # type: ignore[index]
+        part, channels, need = _cut(living(fx.GraphModule(network, graph)), probe)
+        found[task.name] = elements(probe, tensors_of(part), _kept(channels, need))
+    return found
+
+
+def elements(
+    model: MultiTaskModel, read: Container[str], kept: Mapping[str, Mapping[int, Sequence[int]]]
+) -> dict[str, Tensor]:
+    """For each trained tensor that is named in `read`: bool, of its elements those at the kept indices."""
+    found = {}
+    for name, parameter in model.module.named_parameters(remove_duplicate=False):
+        if name not in read:
+            continue
+        found[name] = torch.ones(parameter.shape, dtype=torch.bool)
+        for dim, indices in kept.get(name, {}).items():
+            side = torch.zeros(parameter.shape[dim], dtype=torch.bool)
+            side[list(indices)] = True
+            found[name] &= side.reshape([-1 if d == dim else 1 for d in range(parameter.dim())])
+    return found
 
 
 def needed(network: fx.GraphModule, channels: ChannelMap) -> Tensor:
@@ -113,6 +141,15 @@ def _cut(whole: fx.GraphModule, model: MultiTaskModel) -> tuple[fx.GraphModule, 
             return cut(whole, channels, need), channels, need
         except CannotCut as error:
             hold.update(error.nodes)
+
+
+def _kept(channels: ChannelMap, need: Tensor) -> dict[str, dict[int, tuple[int, ...]]]:
+    """The needed indices of each dimension that is not needed whole."""
+    kept: dict[str, dict[int, tuple[int, ...]]] = {}
+    for (name, dim), classes in channels.axes.items():
+        if not need[classes].all():
+            kept.setdefault(name, {})[dim] = tuple(need[classes].nonzero().flatten().tolist())
+    return kept
 
 
 def _links(network: fx.GraphModule, contraction: Contraction) -> Tensor:

@@ -33,7 +33,7 @@ kind = "prunes"
 [[stages]]
 kind = "ticket"
 keep_ratio = 0.5
-rewind_step = 9
+rewind = 9
 train = { steps = 8 }
 
 [[stages]]

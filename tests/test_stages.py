@@ -3,13 +3,11 @@
 import re
 import time
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import compressor.stages.prune as prune_module
@@ -19,14 +17,12 @@ from compressor.channels import Axis, ChannelMap, Contraction
 from compressor.costs import Ledger
 from compressor.errors import CompressError
 from compressor.groups import Group, Prunable
-from compressor.masks import Pattern, Scope, keep_most, keep_n_of_m, unanimous
-from compressor.model import MultiTaskModel, get_tensor
+from compressor.model import MultiTaskModel
 from compressor.record import sizes_of
 from compressor.sequential import Oracle, judging
 from compressor.stages.finetune import Finetune
 from compressor.stages.pathway import Pathway
 from compressor.stages.prune import LEAST_PRESSURE, Prune, combine, spent
-from compressor.stages.ticket import Ticket, alive, by_tasks, magnitude, prunable_weights, rewind
 from compressor.training import Training
 from compressor.workload import Task
 
@@ -371,205 +367,6 @@ def test_choosing_among_a_hundred_groups_of_a_hundred_slices_takes_seconds() -> 
     keep = cheapest(prunable, list(prunable.groups), value, (full[0] // 100, 0), 8, {f"l{g}": 8 for g in range(100)})
     assert time.process_time() - begun < 20
     assert int(keep.sum()) == 1 + 100 * 8, "the second goal cannot be met: everything is as narrow as it may be"
-
-
-# --- ticket
-
-
-def ticket(**settings: object) -> Ticket:
-    return Ticket(kind="ticket", **({"keep_ratio": 0.3, "rounds": 3, "train": Training(steps=3)} | settings))  # type: ignore[arg-type]
-
-
-def smallest_out(model: MultiTaskModel, names: list[str], share: float, scope: Scope) -> dict[str, Tensor]:
-    return keep_most(magnitude(model, names), alive(model, names), share, scope)
-
-
-def masks_of_rounds(bench: Bench) -> list[dict[str, Tensor]]:
-    return [load_file(file) for file in sorted(bench.directory.glob("masks-round-*.safetensors"))]
-
-
-def test_masks_nest_count_exactly_and_spare_biases_and_norms(model: MultiTaskModel, bench: Bench) -> None:
-    after = ticket().run(model, bench)
-    rounds = masks_of_rounds(bench)
-    names = prunable_weights(model.module)
-    assert names == ["stem.0.weight", "down.0.weight", "inner.0.weight", "outer.0.weight", "fused.weight",
-                     "mask.0.weight", "mask.2.weight"]  # fmt: skip
-    assert [sorted(masks) for masks in rounds] == [sorted(names)] * 3
-    left = sum(get_tensor(model.module, name).numel() for name in names)
-    for masks in rounds:
-        left = round(0.3 ** (1 / 3) * left)
-        assert sum(int(mask.sum()) for mask in masks.values()) == left
-    for before, later in pairwise(rounds):
-        assert all(not bool((later[name] & ~before[name]).any()) for name in names)
-    assert all(torch.equal(after.masks[name], rounds[-1][name]) for name in names)
-    for name, mask in after.masks.items():
-        assert bool((get_tensor(after.module, name)[~mask] == 0).all())
-
-
-def test_each_layer_keeps_the_same_share_when_asked(model: MultiTaskModel) -> None:
-    masks = smallest_out(model, prunable_weights(model.module), 0.5, "layer")
-    assert all(int(mask.sum()) == round(0.5 * mask.numel()) for mask in masks.values())
-
-
-def test_ties_do_not_change_the_count(model: MultiTaskModel) -> None:
-    with torch.no_grad():
-        for parameter in model.module.parameters():
-            parameter.fill_(0.5)
-    names = prunable_weights(model.module)
-    total = sum(get_tensor(model.module, name).numel() for name in names)
-    masks = smallest_out(model, names, 0.37, "global")
-    assert sum(int(mask.sum()) for mask in masks.values()) == round(0.37 * total)
-
-
-def test_blocks_of_outputs_stay_or_go_together(model: MultiTaskModel, bench: Bench) -> None:
-    after = ticket(keep_ratio=0.25, rounds=2, pattern="4x1").run(model, bench)
-    assert bench.notes == ["pruned weight by weight, because their size does not fit '4x1': mask.2.weight."]
-    left = total = 0
-    for name, mask in after.masks.items():
-        left, total = left + int(mask.sum()), total + mask.numel()
-        if name != "mask.2.weight":
-            together = mask.reshape(len(mask) // 4, 4, -1)
-            assert torch.equal(together.any(1), together.all(1)), name
-    assert 0.25 * total - 8 <= left <= 0.25 * total
-    first, second = masks_of_rounds(bench)
-    assert all(not bool((second[name] & ~first[name]).any()) for name in first)
-
-
-def test_n_of_each_m_inputs_stay(model: MultiTaskModel, bench: Bench) -> None:
-    after = ticket(keep_ratio=None, rounds=2, pattern="1:4").run(model, bench)
-    assert bench.notes == ["left whole, because their size does not fit '1:4': stem.0.weight."]
-    for turn, masks in enumerate(masks_of_rounds(bench)):
-        for name, mask in masks.items():
-            if name == "stem.0.weight":
-                assert bool(mask.all())
-                continue
-            each = mask.movedim(1, -1).reshape(-1, 4).sum(1)
-            assert set(each.tolist()) == {(2, 1)[turn]}, name
-    weight = get_tensor(model.module, "fused.weight").detach()
-    kept = masks_of_rounds(bench)[0]["fused.weight"]
-    assert torch.equal(kept, keep_n_of_m({"w": weight.abs()}, {"w": torch.ones_like(kept)}, 2, 4)["w"])
-    assert float(weight[kept].abs().sum()) > float(weight[~kept].abs().sum())
-    assert after.masks.keys() == masks_of_rounds(bench)[-1].keys()
-
-
-def test_a_ticket_without_a_ratio_goes_as_far_as_the_budgets_allow(model: MultiTaskModel, tmp_path: Path) -> None:
-    bench = tiny.bench(model, tmp_path, size=0.05)
-    after = ticket(keep_ratio=None, rounds=12).run(model, bench)
-    done = masks_of_rounds(bench)
-    assert 0 < len(done) < 12 and not bench.short and "task 'size' would leave its budget" in bench.notes[0]
-    left = sum(int(m.sum()) for m in done[-1].values()) / sum(m.numel() for m in done[-1].values())
-    assert left == pytest.approx(0.8 ** len(done), rel=1e-3)
-    assert bench.margins(bench.scores(after))["size"] >= 0
-
-
-def test_a_weight_goes_when_every_task_ranks_it_low() -> None:
-    one, other = {"w": torch.tensor([9.0, 5.0, 1.0, 0.0])}, {"w": torch.tensor([0.0, 0.1, 0.0, 0.2])}
-    score = unanimous([one, other])
-    assert score["w"].tolist() == pytest.approx([1.0, 2 / 3, 1 / 3, 1.0])
-    mask = keep_most(score, {"w": torch.ones(4, dtype=torch.bool)}, 0.5, "global")
-    assert mask["w"].tolist() == [True, False, False, True], "the best of either task"
-
-
-def test_a_tasks_own_head_is_safe_from_the_others(model: MultiTaskModel, bench: Bench) -> None:
-    """The mask head is worth nothing to the other tasks, but its own task's best weights stay."""
-    names = prunable_weights(model.module)
-    masks = keep_most(by_tasks(model, names, bench, 2), alive(model, names), 0.2, "global")
-    assert int(masks["mask.2.weight"].sum()) > 0 and int(masks["fused.weight"].sum()) > 0
-    stage = ticket(keep_ratio=0.2, rounds=1, saliency="tasks", calibrate_batches=2)
-    assert all(torch.equal(mask, masks[name]) for name, mask in stage.run(model, bench).masks.items())
-
-
-@pytest.mark.parametrize("text", ["", "4", "1x1", "4x2", "0:4", "4:2", "2:4x1", "x1", "free "])
-def test_patterns_that_are_none_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="a pattern is"):
-        Pattern.parse(text)
-    with pytest.raises(ValueError, match="leave 'keep_ratio' out"):
-        ticket(keep_ratio=0.5, pattern="2:4")
-
-
-def test_a_survivor_that_became_zero_is_still_alive(model: MultiTaskModel) -> None:
-    names = prunable_weights(model.module)
-    model.masks = smallest_out(model, names, 0.5, "global")
-    before = sum(int(mask.sum()) for mask in model.masks.values())
-    model.module.down[0].weight.data.zero_()
-    later = smallest_out(model, names, 1.0, "global")
-    assert sum(int(mask.sum()) for mask in later.values()) == before
-    assert all(torch.equal(later[name], model.masks[name]) for name in names)
-
-
-@pytest.mark.parametrize("step", [0, 2])
-def test_survivors_start_each_round_bit_for_bit_at_the_rewind_weights(
-    model: MultiTaskModel, bench: Bench, monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
-    import compressor.stages.ticket as module
-
-    starts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
-    monkeypatch.setattr(module, "train", _recording(module.train, starts))
-    ticket(rewind_step=step).run(model, bench)
-    rewound = starts[0][1] if step else dict(model.module.state_dict())
-    if step:
-        assert not torch.equal(rewound["fused.weight"], model.module.fused.weight)
-        del starts[0]
-    assert len(starts) == 3
-    for (state, _), masks in zip(starts, masks_of_rounds(bench), strict=True):
-        for name, value in state.items():
-            mask = masks.get(name, torch.ones_like(value, dtype=torch.bool))
-            assert torch.equal(value, torch.where(mask, rewound[name], torch.zeros_like(value))), name
-
-
-def _recording(plain: object, starts: list[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> object:
-    """`train`, noting the state each training starts from and the snapshot it returns."""
-
-    def train(model: MultiTaskModel, *args: object, **options: object) -> object:
-        state = {name: value.clone() for name, value in model.module.state_dict().items()}
-        saved = plain(model, *args, **options)  # type: ignore[operator]
-        starts.append((state, saved))
-        return saved
-
-    return train
-
-
-def test_rewinding_leaves_no_negative_zero_and_no_shared_memory(model: MultiTaskModel) -> None:
-    masks = smallest_out(model, prunable_weights(model.module), 0.5, "global")
-    state = dict(model.module.state_dict())
-    copy = rewind(model, state, masks)
-    weight = copy.module.down[0].weight
-    assert not bool(torch.signbit(weight[~masks["down.0.weight"]]).any())
-    weight.data.add_(1)
-    assert not torch.equal(weight, state["down.0.weight"])
-
-
-def test_a_ticket_stops_at_a_budget_with_the_round_before(model: MultiTaskModel, tmp_path: Path) -> None:
-    bench = tiny.bench(model, tmp_path, size=0.05)
-    after = ticket(keep_ratio=0.01, rounds=6).run(model, bench)
-    done = masks_of_rounds(bench)
-    assert len(done) < 6 and "task 'size' would leave its budget by" in bench.notes[0]
-    assert bench.margins(bench.scores(after))["size"] >= 0
-    if done:
-        assert all(torch.equal(after.masks[name], mask) for name, mask in done[-1].items())
-    else:
-        assert after is model
-
-
-def test_masks_survive_finetune_and_a_later_prune(model: MultiTaskModel, bench: Bench) -> None:
-    sparse = ticket(rounds=1).run(model, bench)
-    tuned = Finetune(kind="finetune", steps=4, learning_rate=1e-2, weight_decay=0.1).run(sparse, bench)
-    pruned = prune(macs=0.6, rounds=1, recover=Training(steps=2)).run(tuned, bench)
-    for after in (tuned, pruned):
-        assert after.masks.keys() == sparse.masks.keys()
-        for name, mask in after.masks.items():
-            weight = get_tensor(after.module, name)
-            assert weight.shape == mask.shape
-            assert bool((weight[~mask] == 0).all())
-    assert sizes_of(pruned)[1] < sizes_of(tuned)[1]
-    again = ticket(rounds=1, keep_ratio=0.5).run(pruned, bench)
-    assert all(not bool((again.masks[n] & ~pruned.masks[n]).any()) for n in pruned.masks), "a second ticket nests in it"
-
-
-def test_weights_tied_between_layers_are_pruned_once() -> None:
-    a, b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
-    b.weight = a.weight
-    assert prunable_weights(nn.Sequential(a, b)) == ["0.weight"]
 
 
 # --- finetune and pathway
