@@ -8,7 +8,6 @@ task nearest its end has left of its budget, as a share of it.
 import json
 import logging
 import multiprocessing
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +15,8 @@ from typing import Any
 
 import optuna
 import tomli_w
-import torch
 
-from compressor import pipeline
+from compressor import compute, pipeline
 from compressor import recipe as recipes
 from compressor.errors import CompressError
 from compressor.progress import Reporter, Silent
@@ -65,6 +63,7 @@ def sweep(path: Path, overrides: Sequence[str], out: Path, trials: int, workers:
     Raises:
         CompressError: no [sweep], no budgets, another sweep in the folder, or every trial failed.
     """
+    compute.alone("sweep")
     recipe, base = recipes.load(path, overrides)
     if not recipe.sweep:
         raise CompressError("The recipe has no [sweep]: name the settings to search, such as 'stages.0.macs'.")
@@ -108,7 +107,7 @@ def _in_processes(given: tuple[Path, tuple[str, ...], Path], missing: int, worke
     spawn = multiprocessing.get_context("spawn")
     shares = [missing // workers + (index < missing % workers) for index in range(workers)]
     running = [
-        spawn.Process(target=_worker, args=(*given, share, index + 1, workers), daemon=True)
+        spawn.Process(target=_worker, args=(*given, share, index + 1), daemon=True)
         for index, share in enumerate(shares)
     ]
     for process in running:
@@ -119,8 +118,7 @@ def _in_processes(given: tuple[Path, tuple[str, ...], Path], missing: int, worke
         raise CompressError(f"{len(broken)} of {workers} workers ended with exit code {broken[0]}.")
 
 
-def _worker(path: Path, overrides: tuple[str, ...], out: Path, trials: int, worker: int, workers: int) -> None:
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+def _worker(path: Path, overrides: tuple[str, ...], out: Path, trials: int, worker: int) -> None:
     _work(path, overrides, out, trials, worker, Silent())
 
 
