@@ -8,7 +8,7 @@ from math import isfinite
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from compressor import compute
@@ -185,12 +185,13 @@ def running_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [norm for norm in found if norm.track_running_stats]
 
 
-def reestimate_batchnorm(module: nn.Module, batches: list[Batch]) -> None:
-    """Replace the running statistics of every batch norm by plain averages over the given batches.
+def statistics(module: nn.Module) -> list[Tensor]:
+    """Batch norm's running means and variances."""
+    return [buffer for norm in running_norms(module) for buffer in norm.buffers() if buffer.is_floating_point()]
 
-    It is computed where the module is.
-    """
-    device = next((tensor.device for tensor in module.parameters()), compute.CPU)
+
+def reestimate_batchnorm(module: nn.Module, batches: list[Batch], device: torch.device = compute.CPU) -> None:
+    """Replace the running statistics of every batch norm by plain averages over the given batches."""
     norms = running_norms(module)
     momenta = [norm.momentum for norm in norms]
     module.eval()
@@ -198,9 +199,10 @@ def reestimate_batchnorm(module: nn.Module, batches: list[Batch]) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
         norm.train()
-    with torch.no_grad():
+    with torch.no_grad(), compute.at(device, module):
         for batch in batches if norms else ():
             module(*batch.to(device).inputs)
+        compute.average([], statistics(module))  # which are alike but for the order of a GPU's sums
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     module.eval()

@@ -81,14 +81,15 @@ def threads(number: int) -> Iterator[None]:
 
 @contextmanager
 def at(device: torch.device, *modules: nn.Module) -> Iterator[None]:
-    """Modules on a device; everywhere else they are on the CPU."""
+    """Modules on a device, and then where they were."""
+    before = [next((parameter.device for parameter in module.parameters()), CPU) for module in modules]
     try:
         for module in modules:
             module.to(device)
         yield
     finally:
-        for module in modules:
-            module.to(CPU)
+        for module, place in zip(modules, before, strict=True):
+            module.to(place)
 
 
 def by_first(work: Callable[[], Found]) -> Found:

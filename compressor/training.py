@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compressor import compute
 from compressor.averaging import SETTLING_STEPS, Average, Settling
-from compressor.bench import Bench, reestimate_batchnorm, running_norms
+from compressor.bench import Bench, reestimate_batchnorm, statistics
 from compressor.checkpoint import Checkpoint
 from compressor.errors import CompressError
 from compressor.model import MultiTaskModel
@@ -140,7 +140,7 @@ def _train(
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         loss = loss.detach()
-        compute.average([*parameters, *weighting.parameters], [loss, *_statistics(module), *weighting.tallies])
+        compute.average([*parameters, *weighting.parameters], [loss, *statistics(module), *weighting.tallies])
         if not loss.isfinite():
             raise CompressError(f"{title}: the loss became {loss.item()} at step {step}; lower learning_rate.")
         for parameter, mask in held:  # before clipping, so that dead weights do not shrink the steps of the others
@@ -176,13 +176,7 @@ def _finish(model: MultiTaskModel, average: Average, bench: Bench, settled: bool
     """Make of a model in training what would be handed back: average weights, and batch norm to go with them."""
     average.write(model.module)
     if not settled:
-        reestimate_batchnorm(model.module, bench.calibration(SETTLING_STEPS))
-        compute.average([], _statistics(model.module))
-
-
-def _statistics(module: nn.Module) -> list[Tensor]:
-    """Batch norm's running means and variances."""
-    return [buffer for norm in running_norms(module) for buffer in norm.buffers() if buffer.is_floating_point()]
+        reestimate_batchnorm(model.module, bench.calibration(SETTLING_STEPS), bench.device)
 
 
 def _lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 import compressor.checkpoint as checkpoint_module
 import compressor.training as training_module
-from compressor import compute, pipeline, recipe
+from compressor import compute, pipeline, recipe, sweep
 from compressor.averaging import Average
 from compressor.bench import Bench, reestimate_batchnorm, rehearse
 from compressor.errors import CompressError
@@ -535,6 +535,13 @@ def test_two_processes_hold_the_same_and_learn_as_one_does_from_larger_batches(t
     for name, value in state(plain).items():
         step, other = value - start[name], first[f"plain.{name}"] - start[name]
         assert float((step - other).norm()) < 0.02 * float(step.norm()), name
+
+
+def test_only_a_run_is_shared_by_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(CompressError, match="2 processes cannot sweep together; `compress run` alone can"):
+        sweep.sweep(tmp_path, (), tmp_path / "out", 1, 1, tiny.Silent())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,8 @@ def learnt(workload: tiny.Tiny, folder: Path) -> MultiTaskModel:
 
 def main() -> None:
     path, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    loaded, base = recipe.load(path)
+    loaded, base = recipe.load(path, ("stages.0.rounds=1", "stages.1.rounds=1", "stages.2.steps=4"))
+    loaded = loaded.model_copy(update={"stages": loaded.stages[:3]})
     job = pipeline.prepare(loaded, base, Silent(), builds=False)
     model, scores = pipeline.compress(job, folder / "run")
     again, _ = pipeline.compress(job, folder / "run")

@@ -83,7 +83,7 @@ class Ticket(Settings):
             if self.train.steps:
                 train(candidate, bench, self.train, f"ticket {turn}/{self.rounds}", bench.seed + turn)
             else:
-                reestimate_batchnorm(candidate.module, bench.calibration(self.calibrate_batches))
+                reestimate_batchnorm(candidate.module, bench.calibration(self.calibrate_batches), bench.device)
             scores = bench.scores(candidate)
             density = sum(int(m.sum()) for m in masks.values()) / max(1, sum(m.numel() for m in masks.values()))
             told = ", ".join(f"{name} {score:.4g}" for name, score in scores.items())
