@@ -54,12 +54,15 @@ class Job:
     start: str
     records: Path
 
+    def original_key(self) -> str:
+        """A key for the original's scores: what it is, and what they are computed with."""
+        return key_of(self.start, self.recipe.compute_threads, self.bench.device.type, compute.count())
+
     def keys(self) -> list[str]:
-        """A key for each stage: what it starts from, its own settings, the width it rounds to, what computes it."""
-        found, key = [], self.start
-        how = self.recipe.compute_threads, self.bench.device.type, compute.count()
+        """A key for each stage: what it starts from, its own settings, and the width it rounds to."""
+        found, key = [], self.original_key()
         for stage in self.recipe.stages:
-            key = key_of(key, stage.model_dump(), self.bench.multiple, *how)
+            key = key_of(key, stage.model_dump(), self.bench.multiple)
             found.append(key)
         return found
 
@@ -182,8 +185,8 @@ def _opened(out: Path, resume: bool) -> Iterator[Store]:
 
 def _scored(job: Job, store: Store) -> dict[str, float]:
     """The original's scores."""
-    key = key_of(job.start)
-    facts = compute.by_first(lambda: store.facts("original", key))
+    key = job.original_key()
+    facts = compute.by_first(partial(store.facts, "original", key))
     if facts is None:
         job.bench.progress.line("Scoring the original network")
         if any(stage.train_steps for stage in job.recipe.stages):
