@@ -8,8 +8,10 @@ from math import isfinite
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torchmetrics import Metric
 
+from compressor import compute
 from compressor.budgets import Budget, margins
 from compressor.errors import CompressError
 from compressor.model import MultiTaskModel
@@ -32,6 +34,7 @@ class Bench:
         notes: sentences a stage leaves for the report.
         speed: a model's latency on the device as a share of the original's; None where nobody can measure it.
         short: whether the stage ended short of the goal it was given.
+        device: where trainings and scores are computed; models are on the CPU in between.
     """
 
     workload: Workload
@@ -46,6 +49,7 @@ class Bench:
     notes: list[str] = field(default_factory=list)
     short: bool = False
     speed: Callable[[MultiTaskModel], float] | None = None
+    device: torch.device = compute.CPU
 
     @cached_property
     def validation(self) -> list[Batch]:
@@ -54,16 +58,22 @@ class Bench:
     def scores(self, model: MultiTaskModel, batches: list[Batch] | None = None) -> dict[str, float]:
         """The metric of each task that has labels in the validate split, over all of it, or in the given batches.
 
+        Of several processes the first scores, and tells the others.
+
         Raises:
             CompressError: an answer or a score is not finite, an answer does not fit its metric, or a task with a
                 budget has no label.
         """
-        split = "the validate split" if batches is None else "the batches to judge by"
-        metrics = dict(self.workload.metrics())
-        seen: set[str] = set()
         model.module.eval()
-        with torch.no_grad():
-            for batch in (self.validation if batches is None else batches) if metrics else ():
+        return compute.by_first(lambda: self._scores(model, batches))
+
+    def _scores(self, model: MultiTaskModel, batches: list[Batch] | None) -> dict[str, float]:
+        split = "the validate split" if batches is None else "the batches to judge by"
+        metrics = {name: _alone(metric).to(self.device) for name, metric in self.workload.metrics().items()}
+        seen: set[str] = set()
+        with torch.no_grad(), compute.at(self.device, model.module):
+            for given in (self.validation if batches is None else batches) if metrics else ():
+                batch = given.to(self.device)
                 answers = model.answers(*batch.inputs)
                 for task in [name for name in batch.labels if name in metrics]:
                     if task not in answers:
@@ -125,6 +135,14 @@ class Bench:
         self.progress.line(f"  {text}")
 
 
+def _alone(metric: Metric) -> Metric:
+    """A metric that does not look for other processes to share its counts with."""
+    for part in metric.modules():
+        if isinstance(part, Metric):
+            part.distributed_available_fn = lambda: False
+    return metric
+
+
 def rehearse(bench: Bench, splits: tuple[Split, ...]) -> None:
     """Take one batch of each split through the network and its losses, so that a fault shows before hours of work.
 
@@ -143,8 +161,10 @@ def rehearse(bench: Bench, splits: tuple[Split, ...]) -> None:
                 f"A label of the {split} split is for no task: '{unknown[0]}'.{did_you_mean(unknown[0], names)}"
             )
         try:
-            answers = bench.original.answers(*batch.inputs)
-            losses = dict(bench.workload.losses(answers, batch)) if batch.labels else {}
+            with compute.at(bench.device, bench.original.module):
+                batch = batch.to(bench.device)
+                answers = bench.original.answers(*batch.inputs)
+                losses = dict(bench.workload.losses(answers, batch)) if batch.labels else {}
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
             raise CompressError(
                 f"The first batch of the {split} split fails: {type(error).__name__}: {error}"
@@ -165,7 +185,12 @@ def running_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [norm for norm in found if norm.track_running_stats]
 
 
-def reestimate_batchnorm(module: nn.Module, batches: list[Batch]) -> None:
+def statistics(module: nn.Module) -> list[Tensor]:
+    """Batch norm's running means and variances."""
+    return [buffer for norm in running_norms(module) for buffer in norm.buffers() if buffer.is_floating_point()]
+
+
+def reestimate_batchnorm(module: nn.Module, batches: list[Batch], device: torch.device = compute.CPU) -> None:
     """Replace the running statistics of every batch norm by plain averages over the given batches."""
     norms = running_norms(module)
     momenta = [norm.momentum for norm in norms]
@@ -174,9 +199,10 @@ def reestimate_batchnorm(module: nn.Module, batches: list[Batch]) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
         norm.train()
-    with torch.no_grad():
+    with torch.no_grad(), compute.at(device, module):
         for batch in batches if norms else ():
-            module(*batch.inputs)
+            module(*batch.to(device).inputs)
+        compute.average([], statistics(module))  # which are alike but for the order of a GPU's sums
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     module.eval()

@@ -96,17 +96,21 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Compress, compile, verify and measure, as a recipe says; write artifacts and a report."""
-    from compressor import pipeline
+    from compressor import compute, pipeline
 
     job = _job(recipe, overrides)
     if dry_run:
         plan = pipeline.dry_run(job, out)
+        if compute.rank():
+            return
         if as_json:
             print_json(plan)
         else:
             print_plan(plan)
         return
     report = pipeline.run(job, out, shlex.join(["compress", *sys.argv[1:]]), resume)
+    if report is None:  # another process has it
+        return
     print_report(report, out, as_json)
     if any(task.within_budget is False for task in report.tasks) or any(stage.short for stage in report.stages):
         raise typer.Exit(OUTSIDE_BUDGET)
@@ -307,11 +311,11 @@ def main() -> None:
 
 
 def _job(path: Path, overrides: Sequence[str] | None, *, builds: bool = True) -> "Job":
-    from compressor import pipeline, recipe
-    from compressor.progress import Reporter
+    from compressor import compute, pipeline, recipe
+    from compressor.progress import Reporter, Silent
 
     loaded, base = recipe.load(path, tuple(overrides or ()))
-    return pipeline.prepare(loaded, base, Reporter(), builds=builds)
+    return pipeline.prepare(loaded, base, Silent() if compute.rank() else Reporter(), builds=builds)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """The one place that knows the order: check everything, compress, cut, compile, verify, measure, report."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter
 
+from compressor import compute
 from compressor import recipe as recipes
 from compressor.bench import Bench, rehearse
 from compressor.budgets import Budget
@@ -25,7 +28,7 @@ from compressor.record import StageRecord, make_report, sizes_of
 from compressor.report import write
 from compressor.report.schema import Report
 from compressor.speed import Speed
-from compressor.store import Store, key_of, opened
+from compressor.store import Follower, Store, key_of, opened
 from compressor.trace import trace
 from compressor.training import Training, train
 from compressor.tuning import Tuned, tune_artifacts
@@ -52,9 +55,13 @@ class Job:
     start: str
     records: Path
 
+    def original_key(self) -> str:
+        """A key for the original's scores: what it is, and what they are computed with."""
+        return key_of(self.start, self.recipe.compute_threads, self.bench.device.type, compute.count())
+
     def keys(self) -> list[str]:
         """A key for each stage: what it starts from, its own settings, and the width it rounds to."""
-        found, key = [], self.start
+        found, key = [], self.original_key()
         for stage in self.recipe.stages:
             key = key_of(key, stage.model_dump(), self.bench.multiple)
             found.append(key)
@@ -89,22 +96,27 @@ def prepare(recipe: Recipe, base: Path, progress: Reporter, *, builds: bool = Tr
     trace(model)
     budgets = {name: Budget.parse(text) for name, text in recipe.budgets.items()}
     bench = Bench(workload, model, budgets, device.channel_multiple, recipe.seed, progress)
+    bench.device = compute.join(recipe.train_on)
     records = base / recipe.records
-    bench.speed = Speed(model, target, device, recipe.threads[0], recipe.seed, read_records(records, device))
+    speed = Speed(model, target, device, recipe.threads[0], recipe.seed, read_records(records, device))
+    bench.speed = lambda candidate: compute.by_first(lambda: speed(candidate))
     return Job(recipe, model, bench, target, device, tuple(sets), recipes.fingerprint(recipe, base), records)
 
 
-def run(job: Job, out: Path, command: str, resume: bool = True) -> Report:
+def run(job: Job, out: Path, command: str, resume: bool = True) -> Report | None:
     """Do the whole job in a run's folder and write its report; finished work found there is not repeated.
+
+    Several processes run the stages together. The first goes on alone, and the others have no report.
 
     Raises:
         CompressError, TargetError, ProfileError: what was given, what is possible, the nearest fix.
     """
     begun = time.monotonic()
     bench = job.bench
-    with opened(out, resume) as store:
-        bench.before = _scored(job, store)
+    with _opened(out, resume) as store:
         model, stages = _compress(job, store)
+        if compute.rank():
+            return None
         deployed = [_deploy(job, model, tasks, store) for tasks in job.task_sets]
         timings, surroundings = _measured(job, store, deployed)
         report = make_report(
@@ -132,8 +144,7 @@ def compress(job: Job, out: Path) -> tuple[MultiTaskModel, dict[str, float]]:
     Raises:
         CompressError: as `run`.
     """
-    with opened(out, resume=True) as store:
-        job.bench.before = _scored(job, store)
+    with _opened(out, resume=True) as store:
         model, stages = _compress(job, store)
     return model, stages[-1].scores if stages else dict(job.bench.before)
 
@@ -151,16 +162,31 @@ def tune(job: Job, out: Path, command: str, seconds: float) -> tuple[list[Tuned]
     Raises:
         CompressError, TargetError, ProfileError: as `run`, or nothing can be tuned for this device here.
     """
+    compute.alone("tune")
     run(job, out, command)
     built = [artifacts.read(out / "artifacts" / "+".join(tasks)) for tasks in job.task_sets]
     tuned = tune_artifacts(built, seconds, job.records, job.bench.progress)
-    return tuned, run(job, out, command)
+    report = run(job, out, command)
+    assert report is not None  # there is one process
+    return tuned, report
+
+
+@contextmanager
+def _opened(out: Path, resume: bool) -> Iterator[Store]:
+    """The run's folder, held by the first process; the others read it once it is in order."""
+    if compute.rank():
+        compute.wait()
+        yield Follower(out)
+    else:
+        with opened(out, resume) as store:
+            compute.wait()
+            yield store
 
 
 def _scored(job: Job, store: Store) -> dict[str, float]:
     """The original's scores."""
-    key = key_of(job.start)
-    facts = store.facts("original", key)
+    key = job.original_key()
+    facts = compute.by_first(partial(store.facts, "original", key))
     if facts is None:
         job.bench.progress.line("Scoring the original network")
         if any(stage.train_steps for stage in job.recipe.stages):
@@ -174,10 +200,17 @@ def _scored(job: Job, store: Store) -> dict[str, float]:
 
 
 def _compress(job: Job, store: Store) -> tuple[MultiTaskModel, list[StageRecord]]:
+    """The compressed model and what is known of each stage; all on the recipe's number of threads."""
+    with compute.threads(job.recipe.compute_threads):
+        job.bench.before = _scored(job, store)
+        return _staged(job, store)
+
+
+def _staged(job: Job, store: Store) -> tuple[MultiTaskModel, list[StageRecord]]:
     model, records, bench = job.model, [], job.bench
     for index, (stage, key) in enumerate(zip(job.recipe.stages, job.keys(), strict=True)):
         entry = f"{index:02d}-{stage.kind}"
-        facts = store.facts(entry, key)
+        facts = compute.by_first(partial(store.facts, entry, key))
         resumed = facts is not None
         bench.progress.line(f"Stage {index + 1} ({stage.kind})" + (", done before" if resumed else ""))
         if facts is None:
@@ -187,6 +220,7 @@ def _compress(job: Job, store: Store) -> tuple[MultiTaskModel, list[StageRecord]
                 begun = time.monotonic()
                 bench.directory, bench.notes, bench.short = folder, [], False
                 model = stage.run(model, bench)
+                compute.check_alike(f"the weights after stage {index + 1}", model.module.state_dict().values())
                 macs, parameters, nonzero = sizes_of(model)
                 facts |= {
                     "seconds": time.monotonic() - begun,
@@ -243,10 +277,11 @@ def dry_run(job: Job, out: Path, clock: Callable[[], float] = time.monotonic) ->
     if any(stage.train_steps for stage in stages):
         rehearse(job.bench, ("train", "calibrate"))
         copy = job.model.clone()
-        train(copy, job.bench, Training(steps=1), "trying one step", job.recipe.seed)
-        begun = clock()
-        train(copy, job.bench, Training(steps=2), "timing two steps", job.recipe.seed)
-        step_s = (clock() - begun) / 2
+        with compute.threads(job.recipe.compute_threads):
+            train(copy, job.bench, Training(steps=1), "trying one step", job.recipe.seed)
+            begun = clock()
+            train(copy, job.bench, Training(steps=2), "timing two steps", job.recipe.seed)
+            step_s = (clock() - begun) / 2
     store = Store(out)
     return {
         "name": job.recipe.name,

@@ -11,6 +11,7 @@ from typing import Any, cast
 from pydantic import Field, InstanceOf, ValidationError, field_validator, model_validator
 
 from compressor.budgets import Budget
+from compressor.compute import Where
 from compressor.errors import CompressError
 from compressor.factory import module_of
 from compressor.stages import STAGES, Stage
@@ -95,6 +96,8 @@ class Recipe(Settings):
     Attributes:
         target, device: a name in `compress targets` and one in `compress devices` (or a path to a profile).
         threads: thread counts to measure with.
+        compute_threads: threads that compress; results repeat bit for bit at the same number, on any number of cores.
+        train_on: where trainings and scores are computed; "auto" is a GPU where there is one.
         task_sets: which pathways become artifacts: "each" task alone, "all" together, or lists of names.
         stages: in order; `load` makes each from its table and STAGES.
         verify_inputs: how many validation inputs climb the verification ladder.
@@ -106,6 +109,8 @@ class Recipe(Settings):
     target: str = "cpu"
     device: str = "host"
     threads: tuple[int, ...] = (1, 2)
+    compute_threads: int = Field(ge=1, default=2)
+    train_on: Where = "auto"
     task_sets: tuple[str | tuple[str, ...], ...] = ("each", "all")
     verify_inputs: int = Field(ge=1, default=4)
     records: str = "records.json"

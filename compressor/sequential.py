@@ -79,7 +79,7 @@ class Oracle:
         module = self._probe.module
         module.load_state_dict(self._state)
         self._prunable.silence(module, keep)
-        reestimate_batchnorm(module, self._settling)
+        reestimate_batchnorm(module, self._settling, self._bench.device)
         return self._bench.scores(self._probe, self._judging)
 
     def holds(self, group: Group, keep: Tensor, share: float) -> bool:

@@ -53,9 +53,12 @@ class Store:
 
     def partial(self, kind: str, key: str) -> Path:
         """Where an entry that is being made may keep what a killed run goes on from; other entries' leftovers go."""
-        folder = self.directory / "work" / f"{_PARTIAL}{kind}-{key[:16]}"
+        folder = self._partial(kind, key)
         self.drop_partial(but=folder)
         return folder
+
+    def _partial(self, kind: str, key: str) -> Path:
+        return self.directory / "work" / f"{_PARTIAL}{kind}-{key[:16]}"
 
     def drop_partial(self, but: Path | None = None) -> None:
         """Remove what entries left while they were being made."""
@@ -83,6 +86,22 @@ class Store:
                 folder.rename(final)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+class Follower(Store):
+    """The folder of a run that another process writes: here it is only read, and what would be kept in it is not."""
+
+    def partial(self, kind: str, key: str) -> Path:
+        return self._partial(kind, key)
+
+    def drop_partial(self, but: Path | None = None) -> None:
+        del but
+
+    @contextmanager
+    def entry(self, kind: str, key: str, facts: dict[str, Any]) -> Iterator[Path]:
+        del kind, key, facts
+        with tempfile.TemporaryDirectory(prefix="taskpress-") as folder:
+            yield Path(folder)
 
 
 def key_of(*facts: object) -> str:

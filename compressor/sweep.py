@@ -6,10 +6,8 @@ task nearest its end has left of its budget, as a share of it. Workers are given
 process that was asked for the sweep opens the database, so a file serves any number of workers on any machines.
 """
 
-import functools
 import json
 import logging
-import os
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -21,9 +19,8 @@ from typing import Any
 import numpy as np
 import optuna
 import tomli_w
-import torch
 
-from compressor import pipeline
+from compressor import compute, pipeline
 from compressor import recipe as recipes
 from compressor.errors import CompressError
 from compressor.progress import Reporter, Silent
@@ -129,6 +126,7 @@ def plan(path: Path, overrides: Sequence[str], out: Path, trials: int) -> dict[s
 
 
 def _prepared(path: Path, overrides: Sequence[str]) -> tuple[Recipe, pipeline.Job]:
+    compute.alone("sweep")
     recipe, base = recipes.load(path, overrides)
     if not recipe.sweep:
         raise CompressError("The recipe has no [sweep]: name the settings to search, such as 'stages.0.macs'.")
@@ -264,7 +262,7 @@ def _outcomes(
     if ray is not None and workers:
         yield from on_ray(trials, attempt, workers, ray)
     elif workers > 1:
-        yield from in_processes(trials, functools.partial(_worker, workers), workers)
+        yield from in_processes(trials, attempt, workers)
     else:
         for trial in trials:
             try:
@@ -273,11 +271,6 @@ def _outcomes(
                 yield trial, Failed(f"{type(error).__name__}: {error}")
                 raise
             yield trial, outcome
-
-
-def _worker(workers: int, trial: Trial) -> Outcome | Failed:
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
-    return attempt(trial)
 
 
 def attempt(trial: Trial, progress: Reporter | None = None) -> Outcome | Failed:

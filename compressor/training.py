@@ -3,43 +3,50 @@
 import math
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from compressor.bench import Bench, running_norms
+from compressor import compute
+from compressor.averaging import SETTLING_STEPS, Average, Settling
+from compressor.bench import Bench, reestimate_batchnorm, statistics
 from compressor.checkpoint import Checkpoint
 from compressor.errors import CompressError
 from compressor.model import MultiTaskModel
+from compressor.watching import Watch
 from compressor.weighting import Rule, Weighting
 from compressor.workload import Batch
 from profiles.settings import Settings, did_you_mean
 
 LARGEST_GRADIENT = 5.0
 SHORTEST_WINDOW = 10
-SETTLING_SHARE, SETTLING_STEPS = 0.1, 20
-"""The last steps of a training (this share of them, and no fewer than this number), in which weights hardly move any
-more: batch norm's running statistics become the plain average over them. The usual exponential average sees about
-twenty batches, too few for layers whose pictures are only a few pixels large, and scores then depend on which batches
-came last (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3)."""
+SEEDS_APART = 1_000_003  # each step of each process draws its chance from a seed of its own
 
 
 class Training(Settings):
     """How long and how a model is trained.
 
     Attributes:
-        steps: optimiser steps (one batch each).
+        steps: optimiser steps (one batch each, in every process).
         learning_rate: peak of a linear warm-up over the first `warmup` share followed by a cosine to zero.
         distill: "missing" distils a task from the original only where a batch has no label for it, "always" mixes
             distillation in with `distill_weight` everywhere, "only" looks at no label (for labels that are worse than
             the original's answers), "never" leaves unlabelled tasks alone.
         loss_weights: factor of each task's loss; 1 where none is given.
-        weighting: what else a task's loss is weighed by: nothing ("fixed"), a learnt uncertainty, or its progress over
-            the last windows of a twentieth of the steps (`compressor/weighting.py`).
-        precision: "bf16" runs the forward pass under autocast; "auto" does so where the processor multiplies bfloat16
-            (AMX or AVX512-BF16), so its weights differ between machines. Scores are always taken in fp32.
+        weighting: what else a task's loss is weighed by: nothing ("fixed"), a learnt uncertainty, its progress over the
+            last windows of a twentieth of the steps, or what its budget has left ("margins", at every check;
+            `compressor/weighting.py`).
+        precision: "bf16" runs the forward pass under autocast; "auto" does so where the device multiplies bfloat16
+            (a GPU, AMX or AVX512-BF16), so its weights differ between machines. Scores are always taken in fp32.
+        ema: decay of a moving average of the weights, which are what is handed back; 0 hands back the last weights.
+        check_every: steps between checks, each of which scores the validate split; 0 never does. With checks the state
+            is handed back whose worst task had the largest share of its budget left.
+        stop_at_margin: stop at a check where every task has this share of its budget left.
+        patience: stop after so many checks without a better worst task; 0 never does. The learning rate follows the
+            schedule of all the steps, so a training that stops has not come to its slow end.
+        checkpoint_every: steps between checkpoints; 0 writes one every 30 seconds.
     """
 
     steps: int = Field(ge=0)
@@ -51,60 +58,91 @@ class Training(Settings):
     loss_weights: Mapping[str, float] = {}
     weighting: Rule = "fixed"
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    ema: float = Field(ge=0, lt=1, default=0.0)
+    check_every: int = Field(ge=0, default=0)
+    stop_at_margin: float | None = None
+    patience: int = Field(ge=0, default=0)
+    checkpoint_every: int = Field(ge=0, default=0)
 
-    @property
-    def halves(self) -> bool:
-        """Whether the forward pass runs in bfloat16 here."""
-        return self.precision == "bf16" or (self.precision == "auto" and torch.cpu._is_avx512_bf16_supported())
+    @model_validator(mode="after")
+    def _checks_where_it_goes_by_them(self) -> Self:
+        by_checks = (self.stop_at_margin is not None, self.patience > 0, self.weighting == "margins")
+        named = ("stop_at_margin", "patience", "weighting = 'margins'")
+        if not self.check_every and any(by_checks):
+            raise ValueError(f"'{named[by_checks.index(True)]}' goes by checks; give 'check_every'")
+        return self
+
+    def halves(self, device: torch.device) -> bool:
+        """Whether the forward pass runs in bfloat16 there."""
+        if self.precision != "auto":
+            return self.precision == "bf16"
+        return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
 
 
 def train(
     model: MultiTaskModel, bench: Bench, how: Training, title: str, seed: int, snapshot: int | None = None
 ) -> dict[str, Tensor] | None:
-    """Train in place, masks held; returns the state after `snapshot` steps when asked for.
+    """Train in place, on the bench's device, masks held; returns the state after `snapshot` steps when asked for.
 
-    Batch norm's running statistics are averages over the last steps. A training that was killed goes on at its last
-    checkpoint, where the bench has a place for them, and ends as if nothing had happened.
+    Batch norm's running statistics are averages over the last steps, or over batches of the calibrate split where other
+    weights than the last are handed back. A training that was killed goes on at its last checkpoint, where the bench
+    has a place for them, and ends as if nothing had happened.
 
     Raises:
-        CompressError: the loss is not finite, a batch offers nothing to learn, or a loss weight is for no known task.
+        CompressError: the loss is not finite, a batch offers nothing to learn, a loss weight is for no known task, or
+            checks have no budgets to go by.
     """
     names = [task.name for task in model.tasks]
     if unknown := sorted(set(how.loss_weights) - set(names)):
         raise CompressError(f"loss_weights: no task '{unknown[0]}'.{did_you_mean(unknown[0], names)}")
-    checkpoint = Checkpoint(bench.checkpoints, model, title, how.model_dump(), seed, snapshot)
-    torch.manual_seed(seed)
-    _lay_out(model.module, torch.channels_last)
-    parameters = [p for p in model.module.parameters() if p.requires_grad]
+    about = how.model_dump(), seed, snapshot, bench.device.type, compute.count()
+    checkpoint = Checkpoint(bench.checkpoints, model, how.checkpoint_every, title, *about)
+    with compute.at(bench.device, model.module, bench.original.module):
+        _lay_out(model.module, torch.channels_last)
+        saved = _train(model, bench, how, title, seed, snapshot, checkpoint)
+        model.module.eval()
+        _lay_out(model.module, torch.contiguous_format)
+    return saved
+
+
+def _train(
+    model: MultiTaskModel, bench: Bench, how: Training, title: str, seed: int, snapshot: int | None,
+    checkpoint: Checkpoint,
+) -> dict[str, Tensor] | None:
+    module, names = model.module, [task.name for task in model.tasks]
+    parameters = [p for p in module.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.dim() > 1]
     plain = [p for p in parameters if p.dim() <= 1]
-    weighting = Weighting(how.weighting, names, how.loss_weights, max(SHORTEST_WINDOW, how.steps // 20))
+    window = max(SHORTEST_WINDOW, how.steps // 20)
+    weighting = Weighting(how.weighting, names, how.loss_weights, window, bench.device)
     learnt = [*plain, *weighting.parameters]
     optimiser = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": how.weight_decay}, {"params": learnt, "weight_decay": 0.0}],
         lr=how.learning_rate,
         fused=True,
     )
-    held = [(p, model.masks[name]) for name, p in model.module.named_parameters() if name in model.masks]
-    saved = _snapshot(model) if snapshot == 0 else None
-    done, earlier = checkpoint.restore(model, optimiser, weighting.state())
-    saved = earlier or saved
-    norms = running_norms(model.module)
-    momenta = [norm.momentum for norm in norms]
-    settling = max(0, how.steps - max(SETTLING_STEPS, round(SETTLING_SHARE * how.steps)))
-    batches = islice(_batches(bench, how.steps, seed), done, None)
+    held = [(p, model.masks[name].to(p.device)) for name, p in module.named_parameters() if name in model.masks]
+    average, settling = Average(module, how.ema), Settling(module, how.steps)
+    watch = Watch(model, bench, how.steps, how.check_every, how.stop_at_margin, how.patience)
+    saved = _snapshot(model) if snapshot is not None else {}
+    others = {f"snapshot.{name}": value for name, value in saved.items()}
+    others |= {**weighting.state(), **average.state(), **watch.state()}
+    done = checkpoint.restore(model, optimiser, others)
+    compute.check_alike(f"where '{title}' starts", [*module.state_dict().values(), torch.tensor(done)])
+    batches = islice(_batches(bench, how.steps, seed), 0 if watch.over else done, 0 if watch.over else None)
     for step, batch in enumerate(bench.progress.track(batches, title, how.steps - done), done):
-        if step >= settling:
-            for norm in norms:
-                norm.momentum = 1 / (step - settling + 1)
+        torch.manual_seed(seed * SEEDS_APART + step * compute.count() + compute.rank())
+        settling.before(step)
         for group in optimiser.param_groups:
             group["lr"] = how.learning_rate * _schedule(step, how)
-        model.module.train()
-        loss = weighting.total(_losses(model, bench, how, batch), step)
-        if not loss.isfinite():
-            raise CompressError(f"{title}: the loss became {loss.item()} at step {step}; lower learning_rate.")
+        module.train()
+        loss = weighting.total(_losses(model, bench, how, batch.to(bench.device)))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        loss = loss.detach()
+        compute.average([*parameters, *weighting.parameters], [loss, *statistics(module), *weighting.tallies])
+        if not loss.isfinite():
+            raise CompressError(f"{title}: the loss became {loss.item()} at step {step}; lower learning_rate.")
         for parameter, mask in held:  # before clipping, so that dead weights do not shrink the steps of the others
             if parameter.grad is not None:
                 parameter.grad.mul_(mask)
@@ -113,14 +151,32 @@ def train(
         with torch.no_grad():
             for parameter, mask in held:
                 parameter.mul_(mask)
+        average.add(step)
+        weighting.turn(step)
         if snapshot == step + 1:
-            saved = _snapshot(model)
-        checkpoint.keep(step + 1, model, optimiser, weighting.state(), saved, last=step + 1 == how.steps)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.module.eval()
-    _lay_out(model.module, torch.contiguous_format)
-    return saved
+            for name, value in module.state_dict().items():
+                saved[name].copy_(value)
+        last = step + 1 == how.steps
+        if watch.due(step + 1):
+            candidate = model.clone()
+            _finish(candidate, average, bench, settled=last and not how.ema)
+            weighting.follow(watch.look(candidate, step + 1, may_stop=step + 1 >= (snapshot or 0)))
+        checkpoint.keep(step + 1, model, optimiser, others, last=last or watch.over)
+        if watch.over:
+            break
+    settling.end()
+    if how.check_every:
+        watch.end(model, title)
+    else:
+        _finish(model, average, bench, settled=not how.ema)
+    return saved or None
+
+
+def _finish(model: MultiTaskModel, average: Average, bench: Bench, settled: bool) -> None:
+    """Make of a model in training what would be handed back: average weights, and batch norm to go with them."""
+    average.write(model.module)
+    if not settled:
+        reestimate_batchnorm(model.module, bench.calibration(SETTLING_STEPS), bench.device)
 
 
 def _lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:
@@ -137,14 +193,16 @@ def _schedule(step: int, how: Training) -> float:
 
 
 def _batches(bench: Bench, steps: int, seed: int) -> Iterator[Batch]:
-    left, epoch = steps, 0
-    while left:
+    """This process's batches: every so-manieth, as many as there are processes, over epochs that differ by seed."""
+    count, epoch = 0, 0
+    while count < steps * compute.count():
         empty = True
         for batch in bench.workload.batches("train", seed + epoch):
             empty = False
-            yield batch
-            left -= 1
-            if not left:
+            if count % compute.count() == compute.rank():
+                yield batch
+            count += 1
+            if count == steps * compute.count():
                 return
         if empty:
             raise CompressError("The workload has no batch in its train split, so nothing can be trained on it.")
@@ -153,14 +211,15 @@ def _batches(bench: Bench, steps: int, seed: int) -> Iterator[Batch]:
 
 def _losses(model: MultiTaskModel, bench: Bench, how: Training, batch: Batch) -> dict[str, Tensor]:
     """Each task's loss where the batch has one: of its label, of distillation, or of both."""
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how.halves):
+    halves = how.halves(bench.device)
+    with torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=halves):
         raw = model.answers(*batch.inputs)
     answers = {name: answer.float() if answer.is_floating_point() else answer for name, answer in raw.items()}
     losses = dict(bench.workload.losses(answers, batch)) if batch.labels and how.distill != "only" else {}
     teachable = {name for name, answer in answers.items() if answer.requires_grad}
     distilled = set() if how.distill == "never" else teachable if how.distill != "missing" else teachable - set(losses)
     if distilled:
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=how.halves):
+        with torch.no_grad(), torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=halves):
             taught = bench.original.answers(*batch.inputs)
         for name in (name for name in answers if name in distilled):
             gap = how.distill_weight * _gap(answers[name], taught[name].float())
@@ -180,4 +239,4 @@ def _gap(answer: Tensor, taught: Tensor) -> Tensor:
 
 
 def _snapshot(model: MultiTaskModel) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.module.state_dict().items()}
+    return {name: value.detach().to("cpu", copy=True) for name, value in model.module.state_dict().items()}

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -36,6 +37,11 @@ class Batch:
 
     inputs: tuple[Tensor, ...]
     labels: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
+        labels = {name: label.to(device) for name, label in self.labels.items()}
+        return Batch(tuple(tensor.to(device) for tensor in self.inputs), labels)
 
 
 @runtime_checkable

@@ -1,5 +1,10 @@
 """The training loop and batch-norm statistics: what is learnt from, what is held, what repeats."""
 
+import json
+import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -7,10 +12,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import compressor.checkpoint as checkpoint_module
 import compressor.training as training_module
+from compressor import compute, pipeline, recipe, sweep
+from compressor.averaging import Average
 from compressor.bench import Bench, reestimate_batchnorm, rehearse
 from compressor.errors import CompressError
 from compressor.model import MultiTaskModel
@@ -108,19 +116,6 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(trained: MultiTaskMode
         found.append(state(model))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert not all(torch.equal(found[0][name], found[2][name]) for name in found[0])
-
-
-def test_one_and_two_threads_agree_closely(trained: MultiTaskModel, bench: Bench) -> None:
-    found, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            model = disturbed(trained)
-            train(model, bench, Training(steps=6), "x", 0)
-            found.append(gap_to(trained, model))
-    finally:
-        torch.set_num_threads(before)
-    assert found[0] == pytest.approx(found[1], rel=0.02)
 
 
 def test_masked_weights_stay_exactly_zero_and_take_no_part(trained: MultiTaskModel, bench: Bench) -> None:
@@ -268,13 +263,23 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("weighting", ["fixed", "uncertainty", "progress"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ema": 0.9},
+        {"weighting": "uncertainty"},
+        {"weighting": "progress"},
+        {"weighting": "margins", "check_every": 5, "patience": 9, "ema": 0.5},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
 @pytest.mark.parametrize("at", [0, 3, 13])
 def test_a_training_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
-    trained: MultiTaskModel, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, weighting: Rule
+    trained: MultiTaskModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, settings: dict[str, object]
 ) -> None:
     """With dropout, so that the random generator matters, masks held, and a snapshot taken on the way."""
-    how = Training(steps=24, learning_rate=5e-3, weight_decay=0.1, weighting=weighting)
+    how = Training.model_validate({"steps": 24, "learning_rate": 5e-3, "weight_decay": 0.1, **settings})
+    bench = tiny.bench(trained, tmp_path, size=0.05, mask=0.05)
     start = disturbed(trained)
     start.module.stem.append(nn.Dropout(0.2))
     start.masks = {"down.0.weight": torch.rand(start.module.down[0].weight.shape) > 0.3}
@@ -320,9 +325,9 @@ def test_a_damaged_checkpoint_is_refused(trained: MultiTaskModel, bench: Bench, 
 def test_uncertainty_learns_to_trust_the_smaller_loss_more() -> None:
     weighting = Weighting("uncertainty", ["a", "b", "absent"], {}, 10)
     optimiser = torch.optim.SGD(weighting.parameters, lr=0.1)
-    for step in range(400):
+    for _ in range(400):
         optimiser.zero_grad()
-        weighting.total({"a": torch.tensor(0.5), "b": torch.tensor(4.0)}, step).backward()
+        weighting.total({"a": torch.tensor(0.5), "b": torch.tensor(4.0)}).backward()
         optimiser.step()
     log_variance = weighting.state()["log_variance"]
     assert log_variance[:2].exp().tolist() == pytest.approx([0.5, 4.0], rel=1e-2), "its minimum is at the loss itself"
@@ -333,10 +338,11 @@ def test_progress_weighs_the_task_that_falls_least() -> None:
     weighting = Weighting("progress", ["fast", "slow", "absent"], {"slow": 3.0}, 5)
     for step in range(10):
         assert weighting.state()["factors"].tolist() == [1, 1, 1], "two windows say what changed"
-        weighting.total({"fast": torch.tensor(2.0 - (step > 4)), "slow": torch.tensor(2.0)}, step)
+        weighting.total({"fast": torch.tensor(2.0 - (step > 4)), "slow": torch.tensor(2.0)})
+        weighting.turn(step)
     fast, slow, absent = weighting.state()["factors"].tolist()
     assert fast + slow + absent == pytest.approx(3.0) and fast < slow == absent
-    total = weighting.total({"fast": torch.tensor(1.0), "slow": torch.tensor(1.0)}, 10)
+    total = weighting.total({"fast": torch.tensor(1.0), "slow": torch.tensor(1.0)})
     assert float(total) == pytest.approx(fast + 3 * slow)
 
 
@@ -347,3 +353,219 @@ def test_weighed_losses_train(trained: MultiTaskModel, bench: Bench, rule: Rule)
     train(student, bench, Training(steps=60, learning_rate=2e-3, weighting=rule, distill="only"), "x", 0)
     after = gap_to(trained, student)
     assert all(after[name] < before[name] for name in before), (before, after)
+
+
+# --- averages, checks, weights that follow the margins
+
+
+def test_the_average_of_weights_has_no_bias_towards_the_start() -> None:
+    module, decay = nn.Linear(2, 1, bias=False), 0.8
+    average, seen = Average(module, decay), []
+    for step in range(4):
+        module.weight.data = torch.randn(1, 2, generator=torch.Generator().manual_seed(step))
+        average.add(step)
+        seen.append(module.weight.detach().clone())
+    average.write(module)
+    share = [(1 - decay) * decay ** (3 - step) / (1 - decay**4) for step in range(4)]
+    assert sum(share) == pytest.approx(1)
+    assert torch.allclose(module.weight, sum(s * w for s, w in zip(share, seen, strict=True)))
+
+
+def test_average_weights_keep_masks_and_get_batch_norm_of_their_own(trained: MultiTaskModel, bench: Bench) -> None:
+    model = disturbed(trained)
+    mask = torch.rand(model.module.down[0].weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    model.masks = {"down.0.weight": mask}
+    model.module.down[0].weight.data.mul_(mask)
+    plain = model.clone()
+    train(plain, bench, Training(steps=8, learning_rate=1e-2), "x", 0)
+    train(model, bench, Training(steps=8, learning_rate=1e-2, ema=0.9), "x", 0)
+    assert bool((model.module.down[0].weight[~mask] == 0).all())
+    assert not torch.equal(model.module.down[0].weight, plain.module.down[0].weight)
+    again = model.clone()
+    reestimate_batchnorm(again.module, bench.calibration(20))
+    assert torch.allclose(again.module.down[1].running_mean, model.module.down[1].running_mean, atol=1e-5)
+    assert not model.module.training
+
+
+class Scripted:
+    """Scores that leave the task `size` with given shares of its budget, and what they were asked about."""
+
+    def __init__(self, bench: Bench, shares: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[dict[str, torch.Tensor]] = []
+        left = iter(shares)
+        allowed, before = bench.budgets["size"].allowed(bench.before["size"]), bench.before["size"]
+
+        def scores(model: MultiTaskModel) -> dict[str, float]:
+            self.seen.append(state(model))
+            return {**bench.before, "size": before + (1 - next(left)) * allowed}
+
+        monkeypatch.setattr(bench, "scores", scores)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shares", "best", "told"),
+    [
+        ({}, [0.1, 0.7, 0.3, 0.2], 1, "tune kept its weights of step 6 of 12, where the task nearest its end had 70%"),
+        ({}, [-0.9, -0.7, -0.3, 0.2], 3, ""),
+        ({"patience": 2}, [0.5, 0.2, 0.5], 0, "tune stopped after 9 of 12 steps; its weights are those of step 3"),
+        ({"stop_at_margin": 0.4}, [0.1, 0.4], 1, "tune stopped after 6 of 12 steps; its weights are those of step 6"),
+    ],
+)
+def test_a_watched_training_hands_back_its_best_state_and_stops_when_told(
+    trained: MultiTaskModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, float], shares: list[float], best: int, told: str,
+) -> None:  # fmt: skip
+    bench = tiny.bench(trained, tmp_path, size=0.1)
+    script = Scripted(bench, shares, monkeypatch)
+    bench.checkpoints = tmp_path / "checkpoints"
+    how = Training.model_validate({"steps": 12, "check_every": 3, **settings})
+    model = disturbed(trained)
+    train(model, bench, how, "tune", 0)
+    assert len(script.seen) == len(shares)
+    assert all(torch.equal(value, script.seen[best][name]) for name, value in state(model).items())
+    assert " ".join(bench.notes).startswith(told) and bool(told) == bool(bench.notes)
+    monkeypatch.setattr(training_module, "_losses", lambda *_: pytest.fail("it was over"))
+    again = disturbed(trained)
+    train(again, bench, how, "tune", 0)
+    assert all(torch.equal(value, script.seen[best][name]) for name, value in state(again).items())
+    assert bench.notes == 2 * bench.notes[:1]
+
+
+def test_checks_do_not_change_what_is_learnt(trained: MultiTaskModel, tmp_path: Path) -> None:
+    bench, found = tiny.bench(trained, tmp_path, size=0.1), []
+    bench.checkpoints = tmp_path
+    for every in (0, 1):
+        train(disturbed(trained), bench, Training(steps=5, check_every=every), "x", 0)
+    for file in tmp_path.glob("training-*"):
+        kept = load_file(file)
+        found.append({name: value for name, value in kept.items() if name.startswith("weight.")})
+    one, other = found
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("settings", [{"patience": 2}, {"stop_at_margin": 0.5}, {"weighting": "margins"}])
+def test_what_goes_by_checks_needs_them(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="goes by checks; give 'check_every'"):
+        Training.model_validate({"steps": 1, **settings})
+
+
+def test_checks_need_budgets(trained: MultiTaskModel, bench: Bench) -> None:
+    with pytest.raises(CompressError, match=r"check_every goes by what is left of budgets.* give \[budgets\]"):
+        train(trained.clone(), bench, Training(steps=1, check_every=1), "x", 0)
+
+
+def test_the_task_that_has_least_of_its_budget_left_weighs_most() -> None:
+    weighting = Weighting("margins", ["safe", "tight", "over", "free"], {}, 10)
+    weighting.follow({"safe": 0.9, "tight": 0.1, "over": -50.0})
+    safe, tight, over, free = weighting.state()["factors"].tolist()
+    assert over > tight > safe > free > 0, "a task without a budget has lost nothing"
+    assert over / free == pytest.approx(math.e**3, rel=1e-5) and safe + tight + over + free == pytest.approx(4)
+    assert float(weighting.total({"tight": torch.tensor(2.0)})) == pytest.approx(2 * tight)
+    plain = Weighting("fixed", ["safe"], {}, 10)
+    plain.follow({"safe": 0.9})
+    assert plain.state()["factors"].tolist() == [1]
+
+
+def test_checkpoints_are_written_every_so_many_steps(
+    trained: MultiTaskModel, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.checkpoints, written = tmp_path / "checkpoints", []
+    monkeypatch.setattr(
+        checkpoint_module, "save_file", lambda tensors, path: written.append(int(tensors["step"])) or path.touch()
+    )
+    train(trained.clone(), bench, Training(steps=10, checkpoint_every=4), "x", 0)
+    assert written == [4, 8, 10]
+
+
+# --- threads, processes, devices
+
+
+@pytest.mark.parametrize("asked", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_neither_threads_nor_cores_around_it_change_a_bit(tmp_path: Path, asked: int) -> None:
+    """Pruning by gradients, recovering and fine-tuning on the threads that the recipe asks for."""
+    short = (f"compute_threads={asked}", "stages.0.rounds=1", "stages.0.recover.steps=2", "stages.2.steps=4")
+    loaded, base = recipe.load(tiny.recipe(tmp_path), short)
+    loaded = loaded.model_copy(update={"stages": (loaded.stages[0], loaded.stages[2])})
+    threads, cores, found = torch.get_num_threads(), os.sched_getaffinity(0), []
+    try:
+        for number, here in ((1, cores), (2, {min(cores)})):
+            torch.set_num_threads(number)
+            os.sched_setaffinity(0, here)
+            job = pipeline.prepare(loaded, base, tiny.Silent(), builds=False)
+            model, scores = pipeline.compress(job, tmp_path / str(number))
+            found.append((state(model), scores))
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+        os.sched_setaffinity(0, cores)
+    (one, one_scores), (other, other_scores) = found
+    assert one_scores == other_scores and one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Pairs(tiny.Tiny):
+    """Batches of two batches each."""
+
+    def batches(self, split: Split, seed: int) -> Iterator[Batch]:
+        single = super().batches(split, seed)
+        for one, other in zip(single, single, strict=True):
+            labels = {name: torch.cat([label, other.labels[name]]) for name, label in one.labels.items()}
+            yield Batch((torch.cat([one.inputs[0], other.inputs[0]]),), labels)
+
+
+def test_two_processes_hold_the_same_and_learn_as_one_does_from_larger_batches(tmp_path: Path) -> None:
+    folder = Path(__file__).parent
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    places = {"PYTHONPATH": f"{folder.parent}:{folder}", "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*launch, str(folder / "two_processes.py"), str(tiny.recipe(tmp_path)), str(tmp_path)],
+        env={**os.environ, **places}, check=True, timeout=120,
+    )  # fmt: skip
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / "0.json").read_text() == (tmp_path / "1.json").read_text()
+    assert json.loads((tmp_path / "1.json").read_text())["refused"].startswith("The processes do not agree about their")
+    stages = {name.removeprefix("stages."): value for name, value in first.items() if name.startswith("stages.")}
+    assert all(torch.equal(value, first[f"again.{name}"]) for name, value in stages.items())
+
+    large = Pairs(batch_size=16, split_labels=False)
+    plain = tiny.without_norms(large)
+    start = state(plain)
+    train(plain, tiny.bench(plain, tmp_path, large), Training(steps=4, distill="never"), "plain", 0)
+    for name, value in state(plain).items():
+        step, other = value - start[name], first[f"plain.{name}"] - start[name]
+        assert float((step - other).norm()) < 0.02 * float(step.norm()), name
+
+
+def test_only_a_run_is_shared_by_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(CompressError, match="2 processes cannot sweep together; `compress run` alone can"):
+        sweep.sweep(tmp_path, (), tmp_path / "out", 1, 1, tiny.Silent())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert compute.join("auto") == compute.join("cpu") == torch.device("cpu")
+    with pytest.raises(CompressError, match="train_on = 'cuda', but torch sees no CUDA device here"):
+        compute.join("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_learns_the_same_and_leaves_everything_on_the_cpu(
+    trained: MultiTaskModel, tmp_path: Path, precision: str
+) -> None:
+    found = []
+    for where in ("cpu", "cuda"):
+        bench = tiny.bench(trained, tmp_path, size=1.0)
+        bench.device, bench.checkpoints = torch.device(where), tmp_path / where
+        model = disturbed(trained)
+        settings = {"steps": 20, "precision": precision, "ema": 0.9, "check_every": 5, "distill": "always"}
+        train(model, bench, Training.model_validate(settings), "x", 0)
+        assert {tensor.device.type for tensor in state(model).values()} == {"cpu"}
+        assert {tensor.device.type for tensor in state(bench.original).values()} == {"cpu"}
+        found.append(gap_to(trained, model))
+        assert bench.scores(trained) == pytest.approx(bench.before, abs=0.02)
+    assert found[0] == pytest.approx(found[1], rel=0.3)

@@ -134,6 +134,17 @@ def model(workload: Workload | None = None) -> MultiTaskModel:
     return MultiTaskModel(module.eval(), workload.tasks, workload.example_inputs())
 
 
+def without_norms(workload: Workload) -> MultiTaskModel:
+    """An untrained network of the same kind that has no batch norm, so that pictures do not hang on others."""
+    torch.manual_seed(0)
+    module = workload.build()
+    for part in list(module.modules()):
+        for name, child in part.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(part, name, nn.Identity())
+    return MultiTaskModel(module.eval(), workload.tasks, workload.example_inputs())
+
+
 def bench(original: MultiTaskModel, folder: Path, workload: Workload | None = None, **budgets: float | str) -> Bench:
     """A bench around a network, scored."""
     parsed = {name: Budget.parse(text) for name, text in budgets.items()}
@@ -146,6 +157,7 @@ RECIPE = """\
 name = "tiny"
 device = "host"
 threads = [1]
+compute_threads = 1
 task_sets = ["each", "all"]
 verify_inputs = 2
 

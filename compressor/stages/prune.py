@@ -188,7 +188,7 @@ class Prune(Settings):
             if self.recover and self.recover.steps:  # which leaves batch norm better estimated than a few batches would
                 train(cut.model, bench, self.recover, title, bench.seed + turn)
             else:
-                reestimate_batchnorm(cut.model.module, bench.calibration(self.batches))
+                reestimate_batchnorm(cut.model.module, bench.calibration(self.batches), bench.device)
             scores = bench.scores(cut.model)
             told = ", ".join(f"{name} {score:.4g}" for name, score in scores.items())
             bench.progress.line(f"  {title}: {_left(cut.costs, full)}; {told}")

@@ -154,7 +154,7 @@ class Ticket(Settings):
             if self.train.steps:
                 train(candidate, bench, self.train, title, seed)
             else:
-                reestimate_batchnorm(candidate.module, bench.calibration(self.calibrate_batches))
+                reestimate_batchnorm(candidate.module, bench.calibration(self.calibrate_batches), bench.device)
             scores, density = bench.scores(candidate), _density(candidate, names)
             told = ", ".join(f"{name} {score:.4g}" for name, score in scores.items())
             bench.progress.line(f"  {title}: {density:.1%} of the weights left; {told}")

@@ -23,7 +23,7 @@ from typing import Any
 from cases import LONGER, OURS, STUDIES, Study
 from rows import Row, finish, options
 
-from compressor import pipeline, recipe
+from compressor import compute, pipeline, recipe
 from compressor.budgets import Budget, drop
 from compressor.macs import count_macs
 from compressor.pathway import extract
@@ -43,14 +43,14 @@ def run(name: str, case: str, seed: int, share: float, folder: Path) -> Found:
     study = STUDIES[name]
     sets = [*study.sets, f"seed={seed}"]
     loaded, base = recipe.load(RECIPES / f"{study.recipe}.toml", [*sets, *_shorter(study, sets, share)])
-    about = json.loads(loaded.model_dump_json(include={"workload", "stages", "budgets", "seed"}))
+    about = json.loads(loaded.model_dump_json(include={"workload", "stages", "budgets", "seed", "compute_threads"}))
     file = folder / f"{name}-{case.replace(' ', '-').replace(',', '')}-{seed}.json"
     if file.exists() and (known := json.loads(file.read_text()))["about"] == about:
         return dict(known)
     job = pipeline.prepare(loaded, base, Reporter(), builds=False)
     bench, original = job.bench, job.model
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, compute.threads(loaded.compute_threads):
         bench.before, bench.directory = bench.scores(original), Path(scratch)
         networks = study.cases[case](job)
     dense, parameters = count_macs(trace(original))[0], sum(value.numel() for value in original.module.parameters())
