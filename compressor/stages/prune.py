@@ -14,8 +14,8 @@ from compressor.bench import Bench, reestimate_batchnorm
 from compressor.costs import Costs
 from compressor.criteria import CRITERIA
 from compressor.errors import CompressError
-from compressor.groups import Group, Prunable
-from compressor.model import MultiTaskModel
+from compressor.groups import Group, Prunable, left_whole
+from compressor.model import MultiTaskModel, some
 from compressor.ranks import highest_rank
 from compressor.sequential import Oracle, walk
 from compressor.training import Training, train
@@ -86,6 +86,8 @@ class Prune(Settings):
 
     def run(self, model: MultiTaskModel, bench: Bench) -> MultiTaskModel:
         """The furthest point towards the goal at which every task is inside its (slackened) budget."""
+        for operator, layers in left_whole(Prunable.of(model).channels).items():
+            bench.note(f"left whole, because of what {operator} does with their channels: {some(layers)}.")
         if self.latency is None:
             return self._rounds(model, bench, (self.macs, self.parameters), self.rounds)[0]
         if bench.speed is None:
@@ -135,7 +137,8 @@ class Prune(Settings):
         """What widths are multiples of, and the least width of each group."""
         multiple = self.round_to or bench.multiple
         return multiple, {
-            group.name: max(min(multiple, len(group)), ceil(self.keep_at_least * len(group))) for group in start.groups
+            group.name: max(min(group.step(multiple), len(group)), ceil(self.keep_at_least * len(group)))
+            for group in start.groups
         }
 
     def _rounds(
