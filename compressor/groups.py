@@ -20,7 +20,7 @@ class Group:
     """Channels that the same layers write: they compete with each other and share one width.
 
     Attributes:
-        name: the first layer that writes them.
+        name: the first layer that writes them; all of them, joined by "+", where it also writes others.
         classes: one class of the channel analysis for each channel.
         span: how many channels of a layer go with a class at least: one, or as many as a head or a convolution's group
             has.
@@ -171,13 +171,20 @@ def _groups(channels: ChannelMap) -> tuple[Group, ...]:
     used = {axis for c in channels.contractions for axis in (c.writes, c.reads) if axis is not None}
     counts = [torch.bincount(channels.axes[axis], minlength=channels.class_count) for axis in used]
     return tuple(
-        Group(
-            axes[0].tensor.removesuffix(".weight"),
-            torch.tensor(classes),
-            min(int(count[classes[0]]) for count in counts if count[classes[0]]),
-        )
-        for axes, classes in by_layers.items()
+        Group(name, torch.tensor(classes), min(int(count[classes[0]]) for count in counts if count[classes[0]]))
+        for name, classes in zip(_names(list(by_layers)), by_layers.values(), strict=True)
     )
+
+
+def _names(groups: list[tuple[Axis, ...]]) -> list[str]:
+    """The shortest name of each that no other has: its first layer, all its layers, or the dimensions as well."""
+    layers = [[axis.tensor.removesuffix(".weight") for axis in axes] for axes in groups]
+    spelled = [
+        [names[0] for names in layers],
+        ["+".join(names) for names in layers],
+        ["+".join(f"{n}.{axis.dim}" for n, axis in zip(*one, strict=True)) for one in zip(layers, groups, strict=True)],
+    ]
+    return [next(names[k] for names in spelled if names.count(names[k]) == 1) for k in range(len(groups))]
 
 
 def _in_order(channels: ChannelMap, wanted: Iterable[int]) -> list[int]:

@@ -37,11 +37,9 @@ class Attention(nn.Module):
                 y = F.scaled_dot_product_attention(q, k, v)
             elif self.how == "linear":
                 y = (q.softmax(-1) @ (k.softmax(-2).mT @ v))
-            elif self.how == "masked":
+            else:
                 hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
                 y = (q @ k.mT * self.scale).masked_fill(hidden, -torch.inf).softmax(-1) @ v
-            else:
-                y = (q @ k.mT * self.scale).softmax(-1) @ v
             y = y.transpose(1, 2)
         return self.proj(y.reshape(y.shape[0], -1, self.inner))
 
@@ -228,6 +226,11 @@ def _one_head(m: Lambda, x: Tensor) -> Tensor:
     return m.head(x + m.o(scores @ m.v(x)))
 
 
+def _one_head_scaled_by_its_width(m: Lambda, x: Tensor) -> Tensor:
+    x = m.stem(x)
+    return m.head(x + m.o(F.scaled_dot_product_attention(m.q(x), m.k(x), m.v(x))))
+
+
 def _one_head_chunked(m: Lambda, x: Tensor) -> Tensor:
     x = m.stem(x)
     q, k, v = m.qkv(x).chunk(3, -1)
@@ -252,11 +255,9 @@ CONSTRUCTS: Mapping[str, Callable[[], Made]] = {
     "dense net": _dense_net,
     "stages": _stages,
     "group norm": _unet_of_group_norms,
-    "instance norm": lambda: _between(nn.InstanceNorm2d(6, affine=True), 6, 6),
     "one group's norm": lambda: _between(nn.GroupNorm(1, 6), 6, 6),
     "channel shuffle": lambda: _between(nn.ChannelShuffle(2), 8, 8),
     "pixel shuffle": lambda: _between(nn.PixelShuffle(2), 16, 4),
-    "slopes": lambda: _between(nn.PReLU(6), 6, 6),
     "glu": lambda: _between(nn.GLU(1), 8, 4),
     "gated by chunk": lambda: _picture(
         lambda m, x: m.b(torch.mul(*m.a(x).chunk(2, 1)).relu()), a=conv(3, 8), b=conv(4, 2)
@@ -296,7 +297,7 @@ CONSTRUCTS: Mapping[str, Callable[[], Made]] = {
         ),
         (torch.randint(0, 9, (2, 5)),),
     ),
-    **{f"attention, {how}": _attended(how) for how in ("matmul", "sdpa", "einsum", "linear", "masked")},
+    **{f"attention, {how}": _attended(how) for how in ("matmul", "sdpa", "einsum", "linear")},
     "grouped queries": lambda: _tokens(lambda m, x: m.head(m.mix(m.stem(x))), mix=SharedKeys()),
     "cross-attention": _cross_attention,
     "attention from one layer": lambda: _tokens(
@@ -304,6 +305,9 @@ CONSTRUCTS: Mapping[str, Callable[[], Made]] = {
     ),
     "one head": lambda: _tokens(
         _one_head, q=nn.Linear(8, 6), k=nn.Linear(8, 6), v=nn.Linear(8, 10), o=nn.Linear(10, 8)
+    ),
+    "one head, scaled by its width": lambda: _tokens(
+        _one_head_scaled_by_its_width, q=nn.Linear(8, 6), k=nn.Linear(8, 6), v=nn.Linear(8, 10), o=nn.Linear(10, 8)
     ),
     "one head by chunk": lambda: _tokens(_one_head_chunked, qkv=nn.Linear(8, 18), o=nn.Linear(6, 8)),
     "multi-head module": lambda: _tokens(

@@ -95,6 +95,15 @@ def test_groups_are_named_after_their_first_layer_and_hold_no_answer() -> None:
     assert not any(bool((group.classes == FIXED).any()) for group in prunable.groups)
 
 
+def test_channels_that_only_some_layers_share_are_groups_of_other_names() -> None:
+    def run(m: Lambda, x: Tensor) -> tuple[Tensor]:
+        x = m.a(x)
+        return (m.c(torch.cat([x[:, :4] + m.b(x), x[:, 4:]], 1)),)
+
+    prunable = Prunable.of(of(Lambda(run, a=conv(3, 9), b=conv(9, 4), c=conv(9, 2)), torch.randn(1, 3, 8, 8)))
+    assert [(group.name, len(group)) for group in prunable.groups] == [("a+b", 4), ("a", 5)]
+
+
 def test_tensors_with_two_names_count_once() -> None:
     model = build(Spec(("tied", "twice"), ((), ())))
     prunable = Prunable.of(model)

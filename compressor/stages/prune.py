@@ -1,6 +1,6 @@
 """Global channel pruning inside each task's budget."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal
@@ -216,12 +216,7 @@ class Prune(Settings):
             if cut is not None:
                 names = tuple(task.name for task in model.tasks)
                 return _Shrunk(cut, prunable.cost(keep), keep, tuple(groups), names, score_TC, stopped, multiple)
-            wrong = [g for g in groups if not keep[g.classes].all() and not _alone(model, prunable, keep, g)]
-            if not wrong:
-                raise CompressError(
-                    "Channels of several groups can each be removed alone, but not together: "
-                    f"{', '.join(g.name for g in groups if not keep[g.classes].all())}. Nothing was removed."
-                )
+            wrong = _refused(model, prunable, keep, groups)
             groups = [group for group in groups if group not in wrong]
             bench.note(
                 "left whole, because the module's own code fixes their size: "
@@ -294,11 +289,17 @@ def _short(reached: Costs, goal: Costs) -> bool:
     return any(now > wanted for now, wanted in zip(reached, goal, strict=True))
 
 
-def _alone(model: MultiTaskModel, prunable: Prunable, keep: Tensor, group: Group) -> bool:
-    """Can this group's channels go if all others stay?"""
-    only = prunable.keep_all()
-    only[group.classes] = keep[group.classes]
-    return _cut(model, prunable, only) is not None
+def _refused(model: MultiTaskModel, prunable: Prunable, keep: Tensor, groups: Sequence[Group]) -> list[Group]:
+    """The groups whose channels cannot go together with those, before them, that can."""
+    accepted, refused = prunable.keep_all(), []
+    for group in groups:
+        tried = accepted.clone()
+        tried[group.classes] = keep[group.classes]
+        if tried.equal(accepted) or _cut(model, prunable, tried) is not None:
+            accepted = tried
+        else:
+            refused.append(group)
+    return refused
 
 
 def _cut(model: MultiTaskModel, prunable: Prunable, keep: Tensor) -> MultiTaskModel | None:
