@@ -9,7 +9,7 @@ from compressor.channels import ChannelMap
 from compressor.errors import CompressError
 from compressor.ids import distinct
 
-MOST_TRIED = 32
+MOST_TRIED = 16
 
 
 def settings(

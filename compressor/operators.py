@@ -263,9 +263,10 @@ def keep_even(run: "Analysis", node: fx.Node) -> None:
         run.classes.tie(run.ids(node.args[0]).unflatten(1, (int(argument(node, "groups")), -1)), 2)
     elif name_of(node) in MOVING and isinstance(ids, Tensor):
         ids = run.classes.root(ids)
+        joined = int(argument(node, "dim", 0)) % ids.dim() if name_of(node) in _JOINING else None
         dims = [dim for dim in range(ids.dim()) if varies(ids, dim)]
         if len(dims) > 1:
-            run.classes.tie(ids, dims[-1])
+            run.classes.tie(ids, [dim for dim in dims if dim != joined][-1])
 
 
 def _looked_up(run: "Analysis", node: fx.Node) -> Tensor | None:
@@ -340,4 +341,5 @@ RULES: Mapping[str, Rule] = {
 
 MOVING = frozenset(name for name, rule in RULES.items() if rule is moved)
 RESHAPING = frozenset(["view", "_unsafe_view", "reshape", "flatten", "unflatten"])
+_JOINING = frozenset(["cat", "concat", "stack"])
 _PARTING = frozenset(["chunk", "split", "split_with_sizes", "tensor_split"])

@@ -220,6 +220,11 @@ def _attended(how: str) -> Callable[[], Made]:
     return lambda: _tokens(run, mix=Attention(8, 4, 3, how))
 
 
+def _side_by_side(m: Lambda, x: Tensor) -> Tensor:
+    y = torch.cat([m.a(x).flatten(2), m.b(x).flatten(2)], 2).relu()
+    return m.c(y[..., :64]) - m.d(y[..., 64:])
+
+
 def _one_head(m: Lambda, x: Tensor) -> Tensor:
     x = m.stem(x)
     scores = (m.q(x) @ m.k(x).mT / 3).softmax(-1)
@@ -267,6 +272,9 @@ CONSTRUCTS: Mapping[str, Callable[[], Made]] = {
     ),
     "uneven split": lambda: _picture(
         lambda m, x: torch.cat([m.b(part) for part in m.a(x).split([4, 2], 1)[:1]], 1), a=conv(3, 6), b=conv(4, 2)
+    ),
+    "side by side": lambda: _picture(
+        _side_by_side, a=conv(3, 6), b=conv(3, 6), c=nn.Conv1d(6, 2, 1), d=nn.Conv1d(6, 2, 1)
     ),
     "called twice": lambda: _picture(
         lambda m, x: m.c(m.b(m.b(m.a(x)).relu())), a=conv(3, 6), b=conv(6, 6), c=conv(6, 2)

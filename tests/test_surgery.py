@@ -40,6 +40,7 @@ FOUND: dict[str, tuple[dict[str, int], dict[str, list[str]]]] = {
     "glu": ({"0": 4}, {}),
     "gated by chunk": ({"a": 4}, {}),
     "swapped chunks": ({"a": 4}, {}),
+    "side by side": ({"a": 6}, {}),
     "called twice": ({"a": 6}, {}),
     "weight used twice": ({"a": 6}, {}),
     "flatten after permute": ({"a": 6}, {}),
