@@ -16,12 +16,13 @@ def cheapest(
     ledger = Ledger(prunable)
     full = ledger.now
     value, left = value_C.tolist(), ranking(groups, value_C)
+    steps = {g.name: g.step(multiple) for g in groups}
     terms = {g.name: ledger.touching(left[g.name]) for g in groups}
     offers: dict[str, tuple[float, Costs, list[int]]] = {}
     stale = set(left)
     while wanted := [k for k in (0, 1) if ledger.now[k] > goal[k]]:
         for name in stale:
-            dropped = last_slice(left[name], multiple, floors[name])
+            dropped = last_slice(left[name], steps[name], floors[name])
             offers.pop(name, None)
             if dropped:
                 offers[name] = sum(value[identity] for identity in dropped), ledger.saving(dropped), dropped
@@ -50,12 +51,12 @@ def uniform(
 
     Widths are rounded up to the multiple; where even the floors do not meet the goal, the floors.
     """
-    ranked = ranking(groups, value_C)
+    ranked, steps = ranking(groups, value_C), {g.name: g.step(multiple) for g in groups}
 
     def at(share: float) -> Tensor:
         left = {}
         for name, classes in ranked.items():
-            width = -(-max(1, round(share * len(classes))) // multiple) * multiple
+            width = -(-max(1, round(share * len(classes))) // steps[name]) * steps[name]
             left[name] = classes[: min(len(classes), max(width, floors[name]))]
         return kept(prunable, groups, left)
 

@@ -8,17 +8,18 @@ here merges them with `FIXED`: those channels are never removed. What each opera
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx
 
 from compressor.graph import name_of, tensor_of
 from compressor.ids import FIXED, Classes, compact, spread, whole
 from compressor.macs import macs_of
-from compressor.operators import RULES
+from compressor.operators import RULES, keep_even
 
-__all__ = ["FIXED", "Analysis", "Axis", "ChannelMap", "Contraction", "analyse"]
+__all__ = ["FIXED", "Analysis", "Axis", "ChannelMap", "Contraction", "Mixed", "Product", "analyse"]
 
 
 class Axis(NamedTuple):
@@ -32,7 +33,8 @@ class Axis(NamedTuple):
 class Contraction:
     """One use of a weight: `macs_per_pair` multiply-adds for each pair of a channel read and a channel written.
 
-    `reads` is None for a depthwise convolution, whose written channel is its read channel.
+    `reads` is None for a depthwise convolution, and one with many groups, which writes where it reads: a channel goes
+    with the group it is in.
     """
 
     node: str
@@ -42,6 +44,28 @@ class Contraction:
     macs_per_pair: int
 
 
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A product of two activations: `macs_per_index` multiply-adds for each index left of one dimension of channels.
+
+    Attributes:
+        ids: class of each index of that dimension.
+        summed: the dimension is the one summed over, so that no weight reads its channels.
+    """
+
+    node: str
+    ids: Tensor
+    macs_per_index: int
+    summed: bool
+
+
+class Mixed(NamedTuple):
+    """An operator at which the last free channels that some weights write met what stays, or were mixed."""
+
+    operator: str
+    weights: tuple[str, ...]
+
+
 @dataclass(slots=True)
 class ChannelMap:
     """The result of the analysis.
@@ -49,43 +73,59 @@ class ChannelMap:
     Attributes:
         axes: class of each index of each parameter axis that an operator reads (int64 vector as long as the axis).
         contractions: every use of a weight whose channels are understood, in graph order.
-        whole_macs: multiply-adds of all other operators (attention, grouped convolution), which never shrink.
+        products: every product of activations that shrinks with their channels.
+        whole_macs: multiply-adds of all other operators, which never shrink.
         values: for each node, the class of each element of its output (shape of the output, stride 0 where it
             repeats); a list for an operator with several outputs; parameters have none.
-        mixed: node names that merged channels with FIXED, with the operator; what a report lists as not prunable.
+        mixed: by node name, the operators because of which weights keep all their channels; not an answer's own.
     """
 
     axes: dict[Axis, Tensor] = field(default_factory=dict)
     contractions: list[Contraction] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
     whole_macs: int = 0
     values: dict[str, Tensor | list[Tensor]] = field(default_factory=dict)
-    mixed: dict[str, str] = field(default_factory=dict)
+    mixed: dict[str, Mixed] = field(default_factory=dict)
 
     @property
     def class_count(self) -> int:
         """One more than the largest class; a bool tensor of this length says something of each."""
         return 1 + max((int(ids.max()) for ids in self.axes.values() if len(ids)), default=FIXED)
 
+    def summed(self) -> Tensor:
+        """Bool by class: a product of activations sums over it, so that only zeros where it is written silence it."""
+        found = torch.zeros(self.class_count, dtype=torch.bool)
+        for product in self.products:
+            if product.summed:
+                found[product.ids] = True
+        found[FIXED] = False
+        return found
 
-def analyse(network: fx.GraphModule, resizable: Iterable[str], hold: Iterable[str] = ()) -> ChannelMap:
+
+def analyse(
+    network: fx.GraphModule, resizable: Iterable[str], hold: Iterable[str] = (), *, even: bool = False
+) -> ChannelMap:
     """Analyse a network traced by `compressor.trace`.
 
     Args:
         resizable: names of the tensors that can be cut (the parameters and buffers of the module); any other
             constant is held as it is.
         hold: nodes whose channels all stay, because a cut there could not be expressed.
+        even: what code takes apart in equal parts (chunk, a view as groups and channels) stays equal, channel by
+            channel, so that the same code does it in the cut network.
     """
-    return Analysis(network, frozenset(resizable), frozenset(hold)).run()
+    return Analysis(network, frozenset(resizable), frozenset(hold), even).run()
 
 
 class Analysis:
     """The walk through the graph; what the rules in `compressor.operators` work with."""
 
-    def __init__(self, network: fx.GraphModule, resizable: frozenset[str], hold: frozenset[str]) -> None:
-        self.network, self.resizable, self.hold = network, resizable, hold
+    def __init__(self, network: fx.GraphModule, resizable: frozenset[str], hold: frozenset[str], even: bool) -> None:
+        self.network, self.resizable, self.hold, self.even = network, resizable, hold, even
         self.classes = Classes()
         self.found = ChannelMap()
         self.constants: dict[str, str] = {}
+        self._whole: set[str] = set()
 
     def run(self) -> ChannelMap:
         for node in self.network.graph.nodes:
@@ -97,15 +137,19 @@ class Analysis:
                 self.found.values[node.name] = self._call(node)
             elif node.op == "output":
                 self.fix_inputs(node)
+        if self.even:
+            for node in self.network.graph.nodes:
+                keep_even(self, node)
         found = self.found
         found.axes = {axis: self.classes.root(ids) for axis, ids in found.axes.items()}
         found.values = {name: self._rooted(ids) for name, ids in found.values.items()}
-        weighted = {contraction.node for contraction in found.contractions}
+        found.products = [replace(product, ids=self.classes.root(product.ids)) for product in found.products]
+        weighted = {c.node for c in found.contractions} | {product.node for product in found.products}
         found.whole_macs = sum(macs_of(n) for n in self.network.graph.nodes if n.name not in weighted)
         return found
 
     def _call(self, node: fx.Node) -> Tensor | list[Tensor]:
-        rule = RULES.get(name_of(node))
+        rule, before = RULES.get(name_of(node)), self.classes.fixed
         ids = rule(self, node) if rule is not None and _is_traced(node) else None
         if ids is None:
             ids = self._mix(node)
@@ -113,12 +157,22 @@ class Analysis:
             self.fix_inputs(node)
             for part in [ids] if isinstance(ids, Tensor) else ids:
                 self.classes.fix(part)
+        if self.classes.fixed > before:
+            self._tell(node)
         return self._rooted(ids)
+
+    def _tell(self, node: fx.Node) -> None:
+        """Put down to a node what cannot go any more."""
+        written = {c.weight: self.found.axes[c.writes] for c in self.found.contractions if c.weight not in self._whole}
+        whole = [weight for weight, ids in written.items() if not bool(self.classes.root(ids).any())]
+        if whole:
+            self._whole.update(whole)
+            self.found.mixed[node.name] = Mixed(name_of(node), tuple(whole))
 
     def _mix(self, node: fx.Node) -> Tensor | list[Tensor]:
         """An operator, or a use of one, that is not understood: all it touches stays."""
-        if self.fix_inputs(node):
-            self.found.mixed[node.name] = name_of(node)
+        self.found.products = [product for product in self.found.products if product.node != node.name]
+        self.fix_inputs(node)
         return _whole(node)
 
     def _rooted(self, ids: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
@@ -188,15 +242,16 @@ class Analysis:
         if into is not None:
             self.found.axes.setdefault(into, self.axis(weight, into.dim))
 
-    def fix_inputs(self, node: fx.Node) -> bool:
-        """All that a node reads stays; was any of it free before?"""
-        free = False
+    def multiply(self, node: fx.Node, ids: Tensor, macs: int, *, summed: bool) -> None:
+        """Record a product of activations that costs so much for all of these indices together."""
+        self.found.products.append(Product(node.name, ids, macs // max(1, len(ids)), summed))
+
+    def fix_inputs(self, node: fx.Node) -> None:
+        """All that a node reads stays."""
         for source in node.all_input_nodes:
             ids = self.ids(source)
             for part in [ids] if isinstance(ids, Tensor) else ids:
-                free = free or bool((self.classes.root(part) != FIXED).any())
                 self.classes.fix(part)
-        return free
 
 
 def _whole(node: fx.Node) -> Tensor | list[Tensor]:

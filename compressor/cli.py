@@ -16,6 +16,7 @@ import typer
 
 from compressor.console import (
     print_json,
+    print_line,
     print_plan,
     print_profile,
     print_report,
@@ -119,7 +120,9 @@ def run(
 @verb
 def inspect(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show a network's tasks: what each needs, what it shares, what is its own."""
+    from compressor.groups import Prunable, left_whole
     from compressor.inspection import inspect as inspected
+    from compressor.model import some
 
     job = _job(recipe, overrides, builds=False)
     rows = inspected(job.model, job.task_sets)
@@ -134,6 +137,8 @@ def inspect(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = F
             for r in rows
         ],
     )
+    for operator, layers in left_whole(Prunable.of(job.model).channels).items():
+        print_line(f"prune leaves whole, because of what {operator} does with their channels: {some(layers)}")
 
 
 @verb

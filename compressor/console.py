@@ -16,6 +16,10 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=1) + "\n")
 
 
+def print_line(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, figures: bool = True) -> None:
     """Aligned columns, all but the first to the right if they hold figures; never cut where nobody's window is."""
     from rich.console import Console

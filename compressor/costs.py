@@ -4,6 +4,8 @@ from collections import ChainMap, Counter
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 
+from torch import Tensor
+
 from compressor.channels import Axis
 from compressor.groups import Prunable
 
@@ -16,15 +18,16 @@ class Ledger:
     """(multiply-adds, parameters) of a shrinking network.
 
     Both are sums of products of axis lengths: a contraction is its work per channel pair times the channels written and
-    read, a tensor the product of its axes. Dropping channels changes only the products over the axes they are on, so a
-    question about one group costs the same however large the network is.
+    read, a product of activations its work per index times the indices, a tensor the product of its axes. Dropping
+    channels changes only the products over the axes they are on, so a question about one group costs the same however
+    large the network is.
 
     Attributes:
         now: what the network costs with the channels that are left.
     """
 
     def __init__(self, prunable: Prunable) -> None:
-        axes = prunable.channels.axes
+        axes = {**prunable.channels.axes, **_products(prunable)}
         self._length = {axis: len(ids) for axis, ids in axes.items()}
         self._terms = [*_contractions(prunable), *_tensors(prunable)]
         self._over: dict[Axis, list[int]] = {axis: [] for axis in axes}
@@ -75,6 +78,15 @@ def _contractions(prunable: Prunable) -> Iterator[Term]:
     yield 0, prunable.channels.whole_macs, ()
     for found in prunable.channels.contractions:
         yield 0, found.macs_per_pair, (found.writes,) if found.reads is None else (found.writes, found.reads)
+
+
+    for axis, product in zip(_products(prunable), prunable.channels.products, strict=True):
+        yield 0, product.macs_per_index, (axis,)
+
+
+def _products(prunable: Prunable) -> dict[Axis, Tensor]:
+    """The dimension of each product of activations that can shrink, named as a tensor's would be."""
+    return {Axis(f"{k} {found.node}", 0): found.ids for k, found in enumerate(prunable.channels.products)}
 
 
 def _tensors(prunable: Prunable) -> Iterator[Term]:

@@ -184,10 +184,16 @@ def _expanded(run: _Cut, node: fx.Node) -> _Call:
 
 
 def _convolved(run: _Cut, node: fx.Node) -> _Call:
-    """A depthwise convolution has as many groups as channels are left; any other one that shrinks has one group."""
-    if argument(node, "groups", 1) == 1:
-        return _unchanged(run, node)
-    return _Call(node.target, with_argument(node, "groups", len(run.left[node.args[0]][1])), {})  # type: ignore[index]
+    """A grouped convolution has as many groups as its channels hold of what its weight says a group has."""
+    channels = run.left[node if name_of(node).startswith("conv_transpose") else node.args[0]][1]  # type: ignore[index]
+    groups = len(channels) // len(run.left[node.args[1]][1])  # type: ignore[index]
+    return _Call(node.target, with_argument(node, "groups", groups), {})
+
+
+def _normalised(run: _Cut, node: fx.Node) -> _Call:
+    """A group norm keeps its groups' size."""
+    each = run.full(node)[1] // int(argument(node, "num_groups"))
+    return _Call(node.target, with_argument(node, "num_groups", len(run.left[node][1]) // each), {})
 
 
 def _joined(run: _Cut, node: fx.Node) -> _Call:
@@ -260,6 +266,7 @@ REWRITES: Mapping[str, Callable[[_Cut, fx.Node], _Call]] = {
     "getitem": _item,
     "cat": _joined,
     "concat": _joined,
+    "group_norm": _normalised,
     **{f"conv{kind}{n}d": _convolved for kind in ("", "_transpose") for n in (1, 2, 3)},
 }
 """Operators not named here stay as they are; sizes that only the moved data could change are covered by the proof."""

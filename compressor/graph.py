@@ -81,8 +81,13 @@ def difference(reference: fx.GraphModule, network: fx.GraphModule, inputs: tuple
             else x
             for x in inputs
         )
-        with torch.no_grad():
-            answers = list(zip(left(*tried), right(*tried), strict=True))
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)  # of what the graphs create without naming a type
+        try:
+            with torch.no_grad():
+                answers = list(zip(left(*tried), right(*tried), strict=True))
+        finally:
+            torch.set_default_dtype(usual)
         for wanted, given in answers:
             if wanted.shape != given.shape:
                 return float("inf")

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor, nn
 
+from compressor.attributes import settings
 from compressor.channels import FIXED, Axis, ChannelMap, analyse
 from compressor.errors import CompressError
 from compressor.graph import EXACT, difference, tensor_of
@@ -18,15 +20,22 @@ class Group:
     """Channels that the same layers write: they compete with each other and share one width.
 
     Attributes:
-        name: the first layer that writes them.
+        name: the first layer that writes them; all of them, joined by "+", where it also writes others.
         classes: one class of the channel analysis for each channel.
+        span: how many channels of a layer go with a class at least: one, or as many as a head or a convolution's group
+            has.
     """
 
     name: str
     classes: Tensor
+    span: int = 1
 
     def __len__(self) -> int:
         return len(self.classes)
+
+    def step(self, multiple: int) -> int:
+        """The least number of classes that are a multiple of so many channels."""
+        return multiple // gcd(multiple, self.span)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +59,7 @@ class Prunable:
         """Analyse the whole model, all tasks together."""
         network = trace(model)
         state = model.module.state_dict()
-        channels = analyse(network, state)
+        channels = analyse(network, state, even=True)
         trained = frozenset(name for name, _ in model.module.named_parameters())
         sizes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         return cls(channels, _groups(channels), sizes, trained)
@@ -75,6 +84,8 @@ class Prunable:
     def cut(self, model: MultiTaskModel, keep: Tensor) -> MultiTaskModel:
         """A copy without the channels, shown to answer as the model does when every weight that reads them is zero.
 
+        Where the module's own code does not go along, integers that it keeps about sizes are tried at their new values.
+
         Args:
             model: the one that was analysed, whatever its weights are now.
             keep: bool by class, True for FIXED.
@@ -83,29 +94,37 @@ class Prunable:
             CompressError: the module's own code fixes a size or picks channels by number, so that it fails or answers
                 otherwise once they are gone.
         """
-        smaller = model.clone()
-        smaller.cut(self.kept(keep))
-        try:
-            with torch.no_grad():
-                smaller.answers(*model.inputs)
-        except Exception as error:  # the user's own code raises what it likes
-            raise CompressError(f"The network's code fixes a size that the cut changes: {error}") from error
-        cut, zeroed = trace(smaller), trace(model.clone())
+        zeroed = trace(model.clone())
+        faults = []
         self.silence(zeroed, keep)
-        gap = difference(zeroed, cut, model.inputs)
-        if not gap <= EXACT:
-            raise CompressError(
+        for attributes in settings(zeroed, self.channels, model.module, keep):
+            smaller = model.clone()
+            smaller.cut(self.kept(keep), attributes)
+            try:
+                with torch.no_grad():
+                    smaller.answers(*model.inputs)
+                gap = difference(zeroed, trace(smaller), model.inputs)
+            except Exception as error:  # noqa: BLE001 - the user's own code raises what it likes
+                faults.append(f"The network's code fixes a size that the cut changes: {error}")
+                continue
+            if gap <= EXACT:
+                return smaller
+            faults.append(
                 f"Without {int((~keep).sum())} of its channels the network answers otherwise (by {gap:.1e} of its "
                 "largest answer) than with the weights that read them at zero: its code picks channels by number."
             )
-        return smaller
+        raise CompressError(faults[0])
 
     def silence(self, module: nn.Module, keep: Tensor) -> None:
-        """Zero, in place, every weight of the model (or of its traced graph) that reads a class that is not kept."""
+        """Zero, in place, every weight of the model (or of its traced graph) that reads a class that is not kept.
+
+        Of what a product of activations sums over, all that writes it and all that goes with it is zero.
+        """
+        reads, summed = set(self.reads()), self.channels.summed()
         with torch.no_grad():
-            for axis in self.reads():
-                gone = (~keep[self.channels.axes[axis]]).nonzero().flatten()
-                tensor_of(module, axis.tensor).index_fill_(axis.dim, gone, 0.0)
+            for axis, ids in self.channels.axes.items():
+                gone = ~keep[ids] if axis in reads else ~keep[ids] & summed[ids]
+                tensor_of(module, axis.tensor).index_fill_(axis.dim, gone.nonzero().flatten(), 0)
 
     def cost(self, keep: Tensor) -> tuple[int, int]:
         """(multiply-adds, parameters) when only some classes are kept.
@@ -118,6 +137,7 @@ class Prunable:
             c.macs_per_pair * left[c.writes] * (left[c.reads] if c.reads is not None else 1)
             for c in self.channels.contractions
         )
+        macs += sum(product.macs_per_index * int(keep[product.ids].sum()) for product in self.channels.products)
         return macs, self._parameters(left)
 
     def _parameters(self, left: Mapping[Axis, int]) -> int:
@@ -130,6 +150,14 @@ class Prunable:
         return total
 
 
+def left_whole(channels: ChannelMap) -> dict[str, list[str]]:
+    """By operator: the layers none of whose channels can go because of it."""
+    found: dict[str, list[str]] = {}
+    for operator, weights in channels.mixed.values():
+        found.setdefault(operator, []).extend(weight.removesuffix(".weight") for weight in weights)
+    return found
+
+
 def _groups(channels: ChannelMap) -> tuple[Group, ...]:
     """Classes by the set of layers that write them, in graph order; what is FIXED is in no group."""
     writers: dict[int, list[Axis]] = {}
@@ -140,9 +168,23 @@ def _groups(channels: ChannelMap) -> tuple[Group, ...]:
     by_layers: dict[tuple[Axis, ...], list[int]] = {}
     for identity in _in_order(channels, writers):
         by_layers.setdefault(tuple(writers[identity]), []).append(identity)
+    used = {axis for c in channels.contractions for axis in (c.writes, c.reads) if axis is not None}
+    counts = [torch.bincount(channels.axes[axis], minlength=channels.class_count) for axis in used]
     return tuple(
-        Group(axes[0].tensor.removesuffix(".weight"), torch.tensor(classes)) for axes, classes in by_layers.items()
+        Group(name, torch.tensor(classes), min(int(count[classes[0]]) for count in counts if count[classes[0]]))
+        for name, classes in zip(_names(list(by_layers)), by_layers.values(), strict=True)
     )
+
+
+def _names(groups: list[tuple[Axis, ...]]) -> list[str]:
+    """The shortest name of each that no other has: its first layer, all its layers, or the dimensions as well."""
+    layers = [[axis.tensor.removesuffix(".weight") for axis in axes] for axes in groups]
+    spelled = [
+        [names[0] for names in layers],
+        ["+".join(names) for names in layers],
+        ["+".join(f"{n}.{axis.dim}" for n, axis in zip(*one, strict=True)) for one in zip(layers, groups, strict=True)],
+    ]
+    return [next(names[k] for names in spelled if names.count(names[k]) == 1) for k in range(len(groups))]
 
 
 def _in_order(channels: ChannelMap, wanted: Iterable[int]) -> list[int]:

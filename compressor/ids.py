@@ -8,10 +8,15 @@ FIXED = 0
 
 
 class Classes:
-    """A union-find over ids in which FIXED absorbs whatever is merged with it."""
+    """A union-find over ids in which FIXED absorbs whatever is merged with it.
+
+    Attributes:
+        fixed: how many classes it has absorbed so far.
+    """
 
     def __init__(self) -> None:
         self._parent = torch.zeros(1, dtype=torch.int64)
+        self.fixed = 0
 
     def fresh(self, count: int) -> Tensor:
         """New ids, each its own class."""
@@ -29,8 +34,9 @@ class Classes:
 
     def merge(self, left: Tensor, right: Tensor) -> None:
         """Make each pair of ids one class, element by element (same shape)."""
-        if left.stride() == right.stride():
-            left, right = distinct(left), distinct(right)
+        for dim in range(left.dim()):
+            if left.stride(dim) == 0 == right.stride(dim) and left.shape[dim] > 1:
+                left, right = left.narrow(dim, 0, 1), right.narrow(dim, 0, 1)
         pairs = self.root(left).reshape(-1) * len(self._parent) + self.root(right).reshape(-1)
         parent = self._parent.numpy()
 
@@ -41,6 +47,7 @@ class Classes:
 
         for pair in torch.unique(pairs).tolist():
             low, high = sorted(map(find, divmod(pair, len(parent))))
+            self.fixed += low == FIXED < high
             parent[high] = low  # FIXED is the lowest, so it always wins
 
     def fix(self, ids: Tensor) -> None:

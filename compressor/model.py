@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from compressor.attributes import set_attributes
 from compressor.channels import Axis
 from compressor.errors import CompressError
 from compressor.graph import tensor_of
@@ -29,6 +30,7 @@ class MultiTaskModel:
         module: the user's network; its forward may return a tensor, a tuple or a dict.
         inputs: example inputs, batch first.
         kept: for each cut tensor and dimension, the indices of the original that are left, in order.
+        attributes: integers of the module's own code that follow the cuts (how many heads are left), by dotted name.
         masks: for each ticket-pruned weight, a bool tensor of its shape; False stays zero in every later stage.
     """
 
@@ -36,6 +38,7 @@ class MultiTaskModel:
     tasks: tuple[Task, ...]
     inputs: tuple[Tensor, ...]
     kept: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+    attributes: dict[str, int] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
 
     def answers(self, *inputs: Tensor) -> dict[str, Tensor]:
@@ -44,18 +47,21 @@ class MultiTaskModel:
 
     def clone(self) -> "MultiTaskModel":
         masks = {name: mask.clone() for name, mask in self.masks.items()}
-        return MultiTaskModel(copy.deepcopy(self.module), self.tasks, self.inputs, copy.deepcopy(self.kept), masks)
+        module, kept = copy.deepcopy(self.module), copy.deepcopy(self.kept)
+        return MultiTaskModel(module, self.tasks, self.inputs, kept, dict(self.attributes), masks)
 
-    def cut(self, keep: Mapping[Axis, Tensor]) -> None:
+    def cut(self, keep: Mapping[Axis, Tensor], attributes: Mapping[str, int] | None = None) -> None:
         """Keep only the given indices (ascending int64, of the present size) along each named axis, in place.
 
-        A tensor that the module holds under several names is cut under all of them, and so are its masks.
+        A tensor that the module holds under several names is cut under all of them, and so are its masks. What torch's
+        own layers keep about their shapes follows; `attributes` are other integers to set, by dotted name.
 
         Raises:
             CompressError: indices that are no such list; nothing is cut then.
         """
         for axis, indices in keep.items():
             _check_indices(axis, indices.tolist(), get_tensor(self.module, axis.tensor).shape)
+        _set_groups(self.module, keep)
         names = {name: group for group in names_of(self.module) for name in group}
         for axis, indices in keep.items():
             old = get_tensor(self.module, axis.tensor)
@@ -68,13 +74,16 @@ class MultiTaskModel:
             for name in self.masks.keys() & set(names[axis.tensor]):
                 self.masks[name] = self.masks[name].index_select(axis.dim, indices)
         refit(self.module)
+        set_attributes(self.module, attributes or {})
+        self.attributes.update(attributes or {})
 
     def save(self, directory: Path) -> None:
         """Write weights, surgery record and masks into an existing folder."""
         state = {name: value.detach().cpu().contiguous().clone() for name, value in self.module.state_dict().items()}
         save_file(state, directory / WEIGHTS)
         record = {name: {str(dim): kept for dim, kept in dims.items()} for name, dims in self.kept.items()}
-        (directory / SURGERY).write_text(json.dumps({"schema": SCHEMA, "kept": record}))
+        surgery = {"schema": SCHEMA, "kept": record, "attributes": self.attributes}
+        (directory / SURGERY).write_text(json.dumps(surgery))
         if self.masks:
             save_file({name: mask.contiguous() for name, mask in self.masks.items()}, directory / MASKS)
 
@@ -86,7 +95,7 @@ class MultiTaskModel:
             CompressError: the folder holds no saved model, or not one of this workload's network.
         """
         model = cls(workload.build(), tuple(workload.tasks), tuple(workload.example_inputs()))
-        model.cut(_read_surgery(directory / SURGERY))
+        model.cut(*_read_surgery(directory / SURGERY))
         load_weights(model.module, directory / WEIGHTS)
         if (directory / MASKS).exists():
             model.masks = load_file(directory / MASKS)
@@ -103,17 +112,18 @@ def _check_indices(axis: Axis, kept: list[int], shape: tuple[int, ...]) -> None:
         )
 
 
-def _read_surgery(path: Path) -> dict[Axis, Tensor]:
+def _read_surgery(path: Path) -> tuple[dict[Axis, Tensor], dict[str, int]]:
     """What `MultiTaskModel.save` recorded of cuts, as `MultiTaskModel.cut` takes it."""
     try:
         record = json.loads(path.read_text())
         if record["schema"] != SCHEMA:
             raise CompressError(f"{path} has the schema {record['schema']!r}; this version reads {SCHEMA!r}.")
-        return {
+        keep = {
             Axis(name, int(dim)): torch.tensor(kept, dtype=torch.int64)
             for name, dims in record["kept"].items()
             for dim, kept in dims.items()
         }
+        return keep, {str(name): int(value) for name, value in record.get("attributes", {}).items()}
     except OSError as error:
         raise CompressError(f"There is no saved model in {path.parent}: {error}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -176,7 +186,7 @@ def load_checkpoint(workload: Workload, checkpoint: Path | None) -> MultiTaskMod
     module.eval()
     broken = [n for n, value in module.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
-        raise CompressError(f"The weights hold NaN or infinity: {_some(broken)}.")
+        raise CompressError(f"The weights hold NaN or infinity: {some(broken)}.")
     with torch.no_grad():
         for value in module.state_dict().values():
             if value.is_floating_point():
@@ -207,9 +217,9 @@ def load_weights(module: nn.Module, path: Path) -> None:
     optional = {name for name in wanted if name.endswith("num_batches_tracked")}
     faults = []
     if missing := sorted(set(wanted) - set(given) - optional):
-        faults.append(f"missing {_some(missing)}")
+        faults.append(f"missing {some(missing)}")
     if extra := sorted(set(given) - set(wanted)):
-        faults.append(f"unexpected {_some(extra)}")
+        faults.append(f"unexpected {some(extra)}")
     faults += [
         f"{name} has shape {tuple(given[name].shape)}, the network's is {tuple(wanted[name].shape)}"
         for name in sorted(set(given) & set(wanted))
@@ -236,7 +246,8 @@ def _format_hint(path: Path) -> str:
     return ""
 
 
-def _some(names: list[str], most: int = 5) -> str:
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -270,22 +281,32 @@ def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
                     held[key] = new  # type: ignore[assignment]
 
 
+def _set_groups(module: nn.Module, keep: Mapping[Axis, Tensor]) -> None:
+    """Give grouped convolutions and group norms the groups of which a cut leaves anything."""
+    rows = {id(get_tensor(module, axis.tensor)): indices for axis, indices in keep.items() if axis.dim == 0}
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.conv._ConvNd) and id(layer.weight) in rows:
+            each = layer.weight.shape[0] // layer.groups
+            layer.groups = len(torch.unique(rows[id(layer.weight)] // each))
+        elif isinstance(layer, nn.GroupNorm) and id(layer.weight) in rows:
+            each = layer.num_channels // layer.num_groups
+            layer.num_groups = len(torch.unique(rows[id(layer.weight)] // each))
+
+
 def refit(module: nn.Module) -> None:
     """Set the attributes that layers keep about their shapes to what their tensors say."""
     for layer in module.modules():
         if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-            if layer.groups > 1 and layer.groups == layer.in_channels and layer.weight.shape[1] == 1:
-                layer.groups = layer.weight.shape[0]
             layer.in_channels, layer.out_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
         elif isinstance(layer, nn.modules.conv._ConvNd):
-            if layer.groups > 1 and layer.groups == layer.in_channels:
-                layer.groups = layer.weight.shape[0] // (layer.out_channels // layer.in_channels)
             layer.out_channels, layer.in_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
         elif isinstance(layer, nn.Linear):
             layer.out_features, layer.in_features = layer.weight.shape
         elif isinstance(layer, nn.modules.batchnorm._NormBase):
             size = layer.weight if layer.weight is not None else layer.running_mean
             layer.num_features = len(size) if size is not None else layer.num_features
+        elif isinstance(layer, nn.GroupNorm):
+            layer.num_channels = len(layer.weight) if layer.weight is not None else layer.num_channels
         elif isinstance(layer, nn.PReLU):
             layer.num_parameters = len(layer.weight)
         elif isinstance(layer, nn.Embedding):

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from compressor.graph import argument, name_of, shape_of
-from compressor.ids import spread, varies, whole
+from compressor.ids import distinct, spread, varies, whole
+from compressor.products import attention, einsum, matmul
 
 if TYPE_CHECKING:
     from compressor.channels import Analysis
@@ -122,6 +123,39 @@ def _sloped(run: "Analysis", node: fx.Node) -> Tensor | None:
     return run.ids(node.args[0])  # type: ignore[no-any-return]
 
 
+def _normalised_together(run: "Analysis", node: fx.Node) -> Tensor | None:
+    """Group norm: its statistics are those of a whole group, so that groups go whole."""
+    given = [a for a in (argument(node, "weight"), argument(node, "bias")) if isinstance(a, fx.Node)]
+    names, along = [run.constant(a) for a in given], run.tied(node.args[0], 1)
+    groups = int(argument(node, "num_groups"))
+    if along is None or not names or None in names or groups == 1:
+        return None
+    each = run.classes.tie(along.reshape(groups, -1), 0)
+    for name in filter(None, names):
+        run.bind(name, {0: each.repeat_interleave(len(along) // groups)})
+    return run.ids(node.args[0])  # type: ignore[no-any-return]
+
+
+def _normalised_within(run: "Analysis", node: fx.Node) -> Tensor | None:
+    """Layer norm and RMS norm: what they go over stays or goes as one."""
+    ids, names = run.classes.root(run.ids(node.args[0])), [run.constant(a) for a in node.all_input_nodes[1:]]
+    last = len(node.args[1])  # type: ignore[arg-type]
+    if None in names or not _together(run, ids, set(range(ids.dim() - last, ids.dim()))):
+        return None
+    for name in filter(None, names):
+        run.bind(name, {})
+    return run.classes.root(ids)
+
+
+def _halved(run: "Analysis", node: fx.Node) -> Tensor | None:
+    """GLU: each channel of the first half is gated by one of the second."""
+    if run.constant(node.args[0]) is not None:
+        return None
+    values, gates = run.ids(node.args[0]).chunk(2, int(argument(node, "dim")))
+    run.classes.merge(values, gates)
+    return run.classes.root(values)
+
+
 def _windowed(run: "Analysis", node: fx.Node) -> Tensor | list[Tensor] | None:
     """Pooling, resizing and padding: every channel by itself, over positions that share it."""
     value = node.meta["val"]
@@ -139,16 +173,28 @@ def _padded(run: "Analysis", node: fx.Node) -> Tensor | list[Tensor] | None:
     return None if 1 in touched else _windowed(run, node)
 
 
+def _together(run: "Analysis", ids: Tensor, over: set[int]) -> bool:
+    """Make what differs only in these dimensions one class each; False where nothing else would tell channels apart."""
+    mixed = [d for d in over if varies(ids, d)]
+    if mixed and not any(varies(ids, d) for d in range(ids.dim()) if d not in over):
+        return False
+    for d in mixed:
+        small = distinct(ids)
+        run.classes.merge(small, small.narrow(d, 0, 1).expand(small.shape))
+    return True
+
+
 def _reduced(run: "Analysis", node: fx.Node) -> Tensor | None:
-    """Mean, sum, max, softmax over dimensions in which the channel does not change."""
+    """Mean, sum, max, softmax: what they go over stays or goes as one."""
     ids, shape = run.classes.root(run.ids(node.args[0])), shape_of(node)
     if run.constant(node.args[0]) is not None or not ids.dim():
         return None
     given = argument(node, "dim")
     dims = given if isinstance(given, list | tuple) else [] if given is None else [given]
     over = {d % ids.dim() for d in dims} if dims else set(range(ids.dim()))
-    if any(varies(ids, d) for d in over):
+    if not _together(run, ids, over):
         return None
+    ids = run.classes.root(ids)
     if shape == tuple(ids.shape):
         return ids
     for d in sorted(over, reverse=True):
@@ -160,20 +206,19 @@ def _convolution(run: "Analysis", node: fx.Node) -> Tensor | None:
     name, along = run.constant(node.args[1]), run.tied(node.args[0], 1)
     if name is None or along is None or run.tensor(name).dim() != len(shape_of(node)):
         return None
+    writes, reads = (1, 0) if name_of(node).startswith("conv_transpose") else (0, 1)
     groups = int(argument(node, "groups", 1))
-    sizes = run.tensor(name).shape
-    transposed = name_of(node).startswith("conv_transpose")
-    writes, reads = (1, 0) if transposed else (0, 1)
-    if groups == 1:
-        ids = run.axis(name, writes)
-        run.bind(name, {reads: along, writes: ids})
-        run.contract(node, name, writes, reads)
-    elif groups == len(along) and sizes[1] == 1:
-        ids = along.repeat_interleave(sizes[0] // groups)
-        run.bind(name, {0: ids})
+    inside = along.reshape(groups, -1)
+    if groups > inside.shape[1]:  # depthwise is the extreme: more groups than channels in one, so that groups go whole
+        each = run.classes.tie(inside, 0)
+        run.bind(name, {0: each.repeat_interleave(run.tensor(name).shape[0] // groups)})
         run.contract(node, name, 0, None)
-    else:
-        return None
+        return _shifted(run, node, each.repeat_interleave(shape_of(node)[1] // groups), 1)
+    each = run.classes.tie(inside, 1)  # otherwise every group loses the same places
+    places = run.classes.tie(run.axis(name, writes).reshape(groups if writes == 0 else 1, -1), 1)
+    ids = places.repeat(groups)
+    run.bind(name, {reads: each.repeat(groups) if writes else each, writes: places if writes else ids})
+    run.contract(node, name, writes, reads)
     return _shifted(run, node, ids, 1)
 
 
@@ -208,6 +253,37 @@ def _embedding(run: "Analysis", node: fx.Node) -> Tensor | None:
     return spread(run.axis(name, 1), shape_of(node), len(shape_of(node)) - 1)
 
 
+def keep_even(run: "Analysis", node: fx.Node) -> None:
+    """Merge so that code which takes channels apart in equal parts still does when some are gone."""
+    ids = run.found.values.get(node.name)
+    if name_of(node) in _PARTING and isinstance(ids, list) and len({tuple(part.shape) for part in ids}) == 1:
+        for part in ids[1:]:
+            run.classes.merge(ids[0], part)
+    elif name_of(node) == "channel_shuffle" and isinstance(ids, Tensor):
+        run.classes.tie(run.ids(node.args[0]).unflatten(1, (int(argument(node, "groups")), -1)), 2)
+    elif name_of(node) in MOVING and isinstance(ids, Tensor):
+        ids = run.classes.root(ids)
+        joined = int(argument(node, "dim", 0)) % ids.dim() if name_of(node) in _JOINING else None
+        dims = [dim for dim in range(ids.dim()) if varies(ids, dim)]
+        if len(dims) > 1:
+            run.classes.tie(ids, [dim for dim in dims if dim != joined][-1])
+
+
+def _looked_up(run: "Analysis", node: fx.Node) -> Tensor | None:
+    """A table of biases by position: rows are looked up by number and stay; each column is a channel."""
+    name, numbers = run.constant(node.args[0]), node.args[1]
+    if name is None or run.tensor(name).dim() != 2 or not isinstance(numbers, list | tuple) or len(numbers) != 1:
+        return None
+    run.classes.fix(run.ids(numbers[0]))
+    run.bind(name, {1: run.axis(name, 1)})
+    return spread(run.axis(name, 1), shape_of(node), len(shape_of(node)) - 1)
+
+
+def _expanded_as(run: "Analysis", node: fx.Node) -> Tensor | None:
+    """Repeated over the shape of another value, whose channels it does not touch."""
+    return run.ids(node.args[0]).expand(shape_of(node)) if run.constant(node.args[0]) is None else None
+
+
 def _item(run: "Analysis", node: fx.Node) -> Tensor | None:
     parts, number = run.ids(node.args[0]), node.args[1]
     return parts[number] if isinstance(parts, list) and parts and isinstance(number, int) else None
@@ -220,9 +296,16 @@ def _table(rule: Rule, names: str) -> dict[str, Rule]:
 RULES: Mapping[str, Rule] = {
     **_table(_convolution, "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"),
     **_table(_linear, "linear"),
+    **_table(matmul, "matmul bmm mm"),
+    **_table(einsum, "einsum"),
+    **_table(attention, "scaled_dot_product_attention"),
     **_table(_embedding, "embedding"),
+    **_table(_looked_up, "index"),
     **_table(_normalised, "batch_norm _native_batch_norm_legit_no_training instance_norm"),
+    **_table(_normalised_together, "group_norm"),
+    **_table(_normalised_within, "layer_norm rms_norm"),
     **_table(_sloped, "prelu"),
+    **_table(_halved, "glu"),
     **_table(
         _elementwise,
         "add sub rsub mul div maximum minimum pow atan2 where addcmul addcdiv lerp remainder fmod floor_divide "
@@ -231,7 +314,7 @@ RULES: Mapping[str, Rule] = {
         "softsign log_sigmoid hardshrink softshrink tanhshrink threshold clamp clamp_min clamp_max "
         "exp exp2 expm1 log log2 log10 log1p sin cos tan atan erf neg abs sign floor ceil round trunc sqrt rsqrt "
         "square reciprocal dropout feature_dropout alpha_dropout clone contiguous detach to _to_copy alias "
-        "lift_fresh_copy",
+        "lift_fresh_copy masked_fill zeros_like ones_like full_like",
     ),
     **_table(
         _windowed,
@@ -244,7 +327,7 @@ RULES: Mapping[str, Rule] = {
     **_table(
         _reduced,
         "mean sum amax amin prod var std logsumexp argmax argmin any all cumsum softmax log_softmax _softmax "
-        "_log_softmax",
+        "_log_softmax linalg_vector_norm",
     ),
     **_table(
         moved,
@@ -252,8 +335,11 @@ RULES: Mapping[str, Rule] = {
         "squeeze unsqueeze slice select narrow unbind split split_with_sizes tensor_split chunk cat concat stack "
         "expand repeat tile repeat_interleave roll flip rot90 pixel_shuffle pixel_unshuffle channel_shuffle",
     ),
+    "expand_as": _expanded_as,
     "getitem": _item,
 }
 
 MOVING = frozenset(name for name, rule in RULES.items() if rule is moved)
 RESHAPING = frozenset(["view", "_unsafe_view", "reshape", "flatten", "unflatten"])
+_JOINING = frozenset(["cat", "concat", "stack"])
+_PARTING = frozenset(["chunk", "split", "split_with_sizes", "tensor_split"])

@@ -114,6 +114,7 @@ def needed(network: fx.GraphModule, channels: ChannelMap) -> Tensor:
     """Bool by class: does an output depend on it through a weight that is not zero? (FIXED always is needed.)"""
     need = torch.zeros(channels.class_count, dtype=torch.bool)
     need[FIXED] = True
+    need |= channels.summed()  # no weight reads them
     reading = [
         (channels.axes[c.writes], channels.axes[c.reads], _links(network, c))
         for c in reversed(channels.contractions)

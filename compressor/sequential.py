@@ -43,7 +43,7 @@ def walk(
     for group in sorted(groups, key=lambda one: -worth[one.name]):
         share += worth[group.name] / max(sum(worth.values()), 1e-30)
         whole = left[group.name]
-        cuts = _cuts(ledger, whole, goal, multiple, floors[group.name])
+        cuts = _cuts(ledger, whole, goal, group.step(multiple), floors[group.name])
         low, high = -1, len(cuts)
         while high - low > 1:
             middle = (low + high) // 2

@@ -385,20 +385,13 @@ LITERAL = {
     "split_unevenly",
     "split",
     "halves",
-    "every_other",
     "gate_by_one",
     "literal_view",
     "unbound",
     "fused_attention",
-    "torch_shuffle",
-    "channel_shuffle",
     "rolled",
-    "pixel_shuffle",
-    "pixel_unshuffle",
-    "chunk_swap",
-    "stacked",
 }
-"""Blocks whose code picks channels by number, fixes how many there are, or needs two widths to be the same."""
+"""Blocks whose code picks channels by number or fixes how many there are."""
 
 
 class Head(nn.Module):

@@ -1,5 +1,7 @@
 """Removing channels equals zeroing the weights that read them, costs what was promised, and follows the true groups."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch_pruning
@@ -11,9 +13,9 @@ from compressor.channels import FIXED
 from compressor.errors import CompressError
 from compressor.groups import Prunable
 from compressor.macs import count_macs
-from compressor.model import MultiTaskModel, get_tensor
+from compressor.model import MultiTaskModel
 from compressor.trace import trace
-from tests.models import BLOCKS, LITERAL, Spec, build, conv, of
+from tests.models import BLOCKS, LITERAL, Lambda, Spec, build, conv, of
 
 EXACT = 1e-9
 
@@ -30,9 +32,7 @@ def some_kept(prunable: Prunable, random) -> Tensor:  # type: ignore[no-untyped-
 def assert_removed_as_zeroed(model: MultiTaskModel, cut: MultiTaskModel, prunable: Prunable, keep: Tensor) -> None:
     zeroed = model.clone()
     with torch.no_grad():
-        for axis in prunable.reads():
-            gone = (~keep[prunable.channels.axes[axis]]).nonzero().flatten()
-            get_tensor(zeroed.module, axis.tensor).index_fill_(axis.dim, gone, 0.0)
+        prunable.silence(zeroed.module, keep)
         inputs = tuple(x.double() for x in model.inputs)
         zeroed.module.double()
         small = cut.clone()
@@ -64,14 +64,17 @@ def test_removing_channels_equals_zeroing_them(blocks: list[str], form: str, ran
 
 
 @pytest.mark.parametrize(
-    ("block", "says"),
-    [("literal_view", "fixes a size that the cut changes: shape"), ("chunk_swap", "its code picks channels by number")],
+    ("run", "says"),
+    [
+        (lambda y: y.view(-1, 4, 2, 8, 8).flatten(1, 2), "fixes a size that the cut changes: shape"),
+        (lambda y: y + y.select(1, 3)[:, None], "its code picks channels by number"),
+    ],
 )
-def test_code_with_numbers_in_it_is_refused(block: str, says: str) -> None:
-    model = build(Spec((), ((block,), ())))
+def test_code_with_numbers_in_it_is_refused(run: Callable[[Tensor], Tensor], says: str) -> None:
+    model = of(Lambda(lambda m, x: (m.b(run(m.a(x))),), a=conv(3, 8), b=conv(8, 2)), torch.randn(1, 3, 8, 8))
     prunable = Prunable.of(model)
     keep = prunable.keep_all()
-    keep[prunable.groups[1].classes[:1]] = False
+    keep[prunable.groups[0].classes[:1]] = False
     with pytest.raises(CompressError, match=says):
         prunable.cut(model, keep)
 
@@ -90,6 +93,15 @@ def test_groups_are_named_after_their_first_layer_and_hold_no_answer() -> None:
         ("heads.0.blocks.0.b", 4),
     ]
     assert not any(bool((group.classes == FIXED).any()) for group in prunable.groups)
+
+
+def test_channels_that_only_some_layers_share_are_groups_of_other_names() -> None:
+    def run(m: Lambda, x: Tensor) -> tuple[Tensor]:
+        x = m.a(x)
+        return (m.c(torch.cat([x[:, :4] + m.b(x), x[:, 4:]], 1)),)
+
+    prunable = Prunable.of(of(Lambda(run, a=conv(3, 9), b=conv(9, 4), c=conv(9, 2)), torch.randn(1, 3, 8, 8)))
+    assert [(group.name, len(group)) for group in prunable.groups] == [("a+b", 4), ("a", 5)]
 
 
 def test_tensors_with_two_names_count_once() -> None:

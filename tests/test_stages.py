@@ -246,6 +246,22 @@ def test_groups_the_module_cannot_shrink_are_left_whole_and_named(tmp_path: Path
     assert bench.notes[0] == "left whole, because the module's own code fixes their size: b."
 
 
+class Normed(Viewed):
+    def build(self) -> nn.Module:
+        module = super().build()
+        module.b = nn.Sequential(module.b, nn.GroupNorm(1, 8))
+        return module
+
+
+def test_layers_whose_channels_an_operator_mixes_are_named(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    work = Normed()
+    model = MultiTaskModel(work.build().eval(), work.tasks, work.example_inputs())
+    bench = tiny.bench(model, tmp_path, work)  # type: ignore[arg-type]
+    prune(macs=0.8, rounds=1).run(model, bench)
+    assert bench.notes == ["left whole, because of what group_norm does with their channels: b.0."]
+
+
 def test_max_protects_what_one_task_needs_and_sum_trades(bench: Bench) -> None:
     score_TC = torch.tensor([[9.0, 1.0, 0.0], [0.0, 5.0, 5.0]])
     assert combine(score_TC, ["kind", "size"], bench, "max", {}).tolist() == pytest.approx([0.9, 0.5, 0.5])
@@ -404,7 +420,7 @@ def test_pathway_refuses_a_size_the_module_fixes(tmp_path: Path) -> None:
     with torch.no_grad():
         model.module.head.weight[:, :32] = 0  # the first two channels of b
     bench = Bench(tiny.Tiny(), model, {}, 4, 0, tiny.Silent(), directory=tmp_path)
-    with pytest.raises(CompressError, match=r"own code fixes a size that would change .* Leave the pathway stage out"):
+    with pytest.raises(CompressError, match=r"code fixes a size that the cut changes: .*\. Leave the pathway"):
         Pathway(kind="pathway").run(model, bench)
 
 

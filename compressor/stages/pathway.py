@@ -2,17 +2,13 @@
 
 from typing import Literal
 
-import torch
-
 from compressor.bench import Bench
-from compressor.channels import Axis
 from compressor.errors import CompressError
+from compressor.groups import Prunable
 from compressor.model import MultiTaskModel
-from compressor.pathway import extract
+from compressor.pathway import needed
+from compressor.trace import trace
 from profiles.settings import Settings
-
-EXACT = 1e-4
-"""Largest difference accepted in float32, relative to a task's largest answer; `extract` proved the cut in float64."""
 
 
 class Pathway(Settings):
@@ -34,18 +30,16 @@ class Pathway(Settings):
         Raises:
             CompressError: the module's own code fixes the size of a layer that would shrink.
         """
-        found = extract(model, [task.name for task in model.tasks])
-        keep = {Axis(n, dim): torch.tensor(left) for n, dims in found.kept.items() for dim, left in dims.items()}
-        smaller = model.clone()
-        smaller.cut(keep)
-        hint = "Leave the pathway stage out: each artifact is cut from the traced graph, where no size is fixed."
+        prunable = Prunable.of(model)
+        need = needed(trace(model), prunable.channels)
+        shorter = prunable.kept(need)
         try:
-            with torch.no_grad():
-                after, before = smaller.answers(*model.inputs), model.answers(*model.inputs)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise CompressError(f"The module's own code fixes a size that would change ({error}). {hint}") from error
-        for name, answer in before.items():
-            if not torch.allclose(after[name], answer, rtol=0, atol=EXACT * float(answer.abs().max())):
-                raise CompressError(f"Cutting unread channels changed the answer of task '{name}'. {hint}")
-        bench.progress.line(f"  pathway: {len(keep)} axes of {len(found.kept)} tensors became shorter")
+            smaller = prunable.cut(model, need)
+        except CompressError as error:
+            raise CompressError(
+                f"{str(error).rstrip('.')}. Leave the pathway stage out: each artifact is cut from the traced graph, "
+                "where no size is fixed."
+            ) from error
+        tensors = {axis.tensor for axis in shorter}
+        bench.progress.line(f"  pathway: {len(shorter)} axes of {len(tensors)} tensors became shorter")
         return smaller

@@ -1,6 +1,6 @@
 """Global channel pruning inside each task's budget."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Annotated, Literal
@@ -14,8 +14,8 @@ from compressor.bench import Bench, reestimate_batchnorm
 from compressor.costs import Costs
 from compressor.criteria import CRITERIA
 from compressor.errors import CompressError
-from compressor.groups import Group, Prunable
-from compressor.model import MultiTaskModel
+from compressor.groups import Group, Prunable, left_whole
+from compressor.model import MultiTaskModel, some
 from compressor.ranks import highest_rank
 from compressor.sequential import Oracle, walk
 from compressor.training import Training, train
@@ -93,6 +93,8 @@ class Prune(Settings):
         """The furthest point towards the goal at which every task is inside its (slackened) budget."""
         if self.round_to == "measured":
             return self._rounded(model, bench).run(model, bench)
+        for operator, layers in left_whole(Prunable.of(model).channels).items():
+            bench.note(f"left whole, because of what {operator} does with their channels: {some(layers)}.")
         if self.latency is None:
             return self._rounds(model, bench, (self.macs, self.parameters), self.rounds)[0]
         if bench.speed is None:
@@ -142,7 +144,8 @@ class Prune(Settings):
         """What widths are multiples of, and the least width of each group."""
         multiple = bench.multiple if self.round_to == "measured" else self.round_to or bench.multiple
         return multiple, {
-            group.name: max(min(multiple, len(group)), ceil(self.keep_at_least * len(group))) for group in start.groups
+            group.name: max(min(group.step(multiple), len(group)), ceil(self.keep_at_least * len(group)))
+            for group in start.groups
         }
 
     def _rounded(self, model: MultiTaskModel, bench: Bench) -> "Prune":
@@ -244,12 +247,7 @@ class Prune(Settings):
             if cut is not None:
                 names = tuple(task.name for task in model.tasks)
                 return _Shrunk(cut, prunable.cost(keep), keep, tuple(groups), names, score_TC, stopped, multiple)
-            wrong = [g for g in groups if not keep[g.classes].all() and not _alone(model, prunable, keep, g)]
-            if not wrong:
-                raise CompressError(
-                    "Channels of several groups can each be removed alone, but not together: "
-                    f"{', '.join(g.name for g in groups if not keep[g.classes].all())}. Nothing was removed."
-                )
+            wrong = _refused(model, prunable, keep, groups)
             groups = [group for group in groups if group not in wrong]
             bench.note(
                 "left whole, because the module's own code fixes their size: "
@@ -322,11 +320,17 @@ def _short(reached: Costs, goal: Costs) -> bool:
     return any(now > wanted for now, wanted in zip(reached, goal, strict=True))
 
 
-def _alone(model: MultiTaskModel, prunable: Prunable, keep: Tensor, group: Group) -> bool:
-    """Can this group's channels go if all others stay?"""
-    only = prunable.keep_all()
-    only[group.classes] = keep[group.classes]
-    return _cut(model, prunable, only) is not None
+def _refused(model: MultiTaskModel, prunable: Prunable, keep: Tensor, groups: Sequence[Group]) -> list[Group]:
+    """The groups whose channels cannot go together with those, before them, that can."""
+    accepted, refused = prunable.keep_all(), []
+    for group in groups:
+        tried = accepted.clone()
+        tried[group.classes] = keep[group.classes]
+        if tried.equal(accepted) or _cut(model, prunable, tried) is not None:
+            accepted = tried
+        else:
+            refused.append(group)
+    return refused
 
 
 def _cut(model: MultiTaskModel, prunable: Prunable, keep: Tensor) -> MultiTaskModel | None:

@@ -124,7 +124,8 @@ def from_scratch(pruned: MultiTaskModel, bench: Bench, how: Training) -> MultiTa
     """The same shape with fresh weights, trained on labels alone for as many steps."""
     torch.manual_seed(bench.seed)
     fresh = MultiTaskModel(bench.workload.build(), pruned.tasks, pruned.inputs)
-    fresh.cut({Axis(name, dim): torch.tensor(at) for name, dims in pruned.kept.items() for dim, at in dims.items()})
+    keep = {Axis(name, dim): torch.tensor(at) for name, dims in pruned.kept.items() for dim, at in dims.items()}
+    fresh.cut(keep, pruned.attributes)
     train(fresh, bench, how.model_copy(update={"distill": "never"}), "from scratch", bench.seed)
     return fresh
 

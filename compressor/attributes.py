@@ -1,0 +1,78 @@
+"""Integers that a module's own code keeps about sizes, such as its number of heads, where a cut changes the size."""
+
+from collections.abc import Iterator, Mapping
+from itertools import combinations, islice
+
+from torch import Tensor, fx, nn
+
+from compressor.channels import ChannelMap
+from compressor.errors import CompressError
+from compressor.ids import distinct
+
+MOST_TRIED = 16
+
+
+def settings(
+    network: fx.GraphModule, channels: ChannelMap, module: nn.Module, keep: Tensor
+) -> Iterator[dict[str, int]]:
+    """Values by attribute name to try in turn: none, all that may have to follow a cut, then fewer and fewer.
+
+    A candidate is an attribute whose value is the old size of a dimension that shrinks in its module's own code.
+    Modules of one class share their code, so that an attribute follows in all of them or in none.
+
+    Args:
+        network: traced from the uncut module.
+        keep: bool by class.
+    """
+    shrinking: dict[str, set[tuple[int, int]]] = {}
+    for node in network.graph.nodes:
+        owner = _owner(node)
+        ids = channels.values.get(node.name, [])
+        for part in [ids] if isinstance(ids, Tensor) else ids:
+            if owner is not None:
+                shrinking.setdefault(owner, set()).update(_shrinking(part, keep))
+    choices: dict[tuple[type, str, int], dict[str, int]] = {}
+    for owner, sizes in shrinking.items():
+        held = module.get_submodule(owner)
+        if type(held).__module__.startswith("torch."):
+            continue
+        for name, value in vars(held).items():
+            if type(value) is int:
+                for rank, new in enumerate(sorted({new for old, new in sizes if old == value})):
+                    choices.setdefault((type(held), name, rank), {})[f"{owner}.{name}".lstrip(".")] = new
+    yield {}
+    subsets = (chosen for count in range(len(choices), 0, -1) for chosen in combinations(choices.values(), count))
+    for chosen in islice(subsets, MOST_TRIED):
+        yield {name: new for one in chosen for name, new in one.items()}
+
+
+def set_attributes(module: nn.Module, values: Mapping[str, int]) -> None:
+    """Set integers by their dotted names.
+
+    Raises:
+        CompressError: the module has no integer of this name.
+    """
+    modules = dict(module.named_modules(remove_duplicate=False))
+    for name, value in values.items():
+        path, _, last = name.rpartition(".")
+        if type(getattr(modules.get(path), last, None)) is not int:
+            raise CompressError(f"The network has no integer '{name}' that could be set to {value}.")
+        setattr(modules[path], last, value)
+
+
+def _owner(node: fx.Node) -> str | None:
+    """The innermost module whose forward made a node, by its name in the model."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    first, _, name = str(stack[-1][0]).partition(".") if stack else ("", "", "")
+    return name if first == "module" else None
+
+
+def _shrinking(ids: Tensor, keep: Tensor) -> set[tuple[int, int]]:
+    """(old, new) size of each dimension that shrinks but does not vanish."""
+    kept, found = keep[distinct(ids)], set()
+    for dim, size in enumerate(ids.shape):
+        others = [d for d in range(kept.dim()) if d != dim]
+        left = int((kept.any(others) if others else kept).sum())
+        if kept.shape[dim] == size and 0 < left < size:
+            found.add((size, left))
+    return found

@@ -1,0 +1,173 @@
+"""Every construct of `tests/constructs.py`: what can go of it, and that the cut answers as zeroed and saves as told."""
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from compressor.criteria import CRITERIA
+from compressor.errors import CompressError
+from compressor.groups import Prunable, left_whole
+from compressor.macs import count_macs
+from compressor.model import MultiTaskModel
+from compressor.pathway import extract
+from compressor.trace import trace
+from compressor.workload import Batch
+from tests.constructs import CONSTRUCTS
+from tests.models import of
+
+ATTENTION = {"stem": 8, "mix.q": 4}
+
+FOUND: dict[str, tuple[dict[str, int], dict[str, list[str]]]] = {
+    "many groups": ({"0": 6}, {}),
+    "few groups": ({"0": 6, "1": 9}, {}),
+    "transposed, many groups": ({"0": 6}, {}),
+    "transposed, few groups": ({"0": 6, "1": 4}, {}),
+    "resnext": ({"stem": 8, "a": 8}, {}),
+    "shufflenet": ({"stem": 8, "a": 2}, {}),
+    "shufflenet v2": ({"stem": 4, "a": 4}, {}),
+    "inverted residual": ({"stem": 4, "up": 12, "sq": 3}, {}),
+    "convnext": ({"up": 12}, {"layer_norm": ["stem", "dw"], "add": ["down"]}),
+    "dense net": ({"stem": 4, "a": 3, "b": 5}, {}),
+    "stages": ({"stem": 6, "a": 4, "c": 4, "skip": 8, "e": 8, "g": 5}, {}),
+    "group norm": ({"stem": 4, "up": 6}, {}),
+    "one group's norm": ({}, {"group_norm": ["0"]}),
+    "channel shuffle": ({"0": 4}, {}),
+    "pixel shuffle": ({"0": 4}, {}),
+    "glu": ({"0": 4}, {}),
+    "gated by chunk": ({"a": 4}, {}),
+    "swapped chunks": ({"a": 4}, {}),
+    "side by side": ({"a": 6}, {}),
+    "called twice": ({"a": 6}, {}),
+    "weight used twice": ({"a": 6}, {}),
+    "flatten after permute": ({"a": 6}, {}),
+    "raw parameters": ({"a": 6}, {}),
+    "matrix": ({"a": 6, "w": 10}, {}),
+    "einsum with a matrix": ({"a": 6, "w": 8}, {}),
+    "two inputs and outputs": ({"a": 6}, {}),
+    "token mlp": ({"up": 12}, {"layer_norm": ["stem"], "add": ["down"]}),
+    "positions and words": ({}, {}),
+    "attention, matmul": (ATTENTION, {}),
+    "attention, sdpa": (ATTENTION, {}),
+    "attention, einsum": (ATTENTION, {}),
+    "attention, linear": (ATTENTION, {}),
+    "grouped queries": ({"stem": 8, "mix.q": 2, "mix.o": 8}, {}),
+    "cross-attention": ({**ATTENTION, "other": 7}, {}),
+    "attention from one layer": ({"stem": 8, "mix.qkv": 4}, {}),
+    "one head": ({"stem": 8, "q": 6, "v": 10}, {}),
+    "one head, scaled by its width": ({"stem": 8, "v": 10}, {"scaled_dot_product_attention": ["q", "k"]}),
+    "one head by chunk": ({"stem": 8, "qkv": 6}, {}),
+    "recurrent": ({}, {"gru": ["stem"]}),
+    "gram matrix": ({}, {"matmul": ["a"]}),
+}
+"""How many channels, or heads, or groups of channels each named layer can lose, and what holds which others."""
+
+REFUSED = {
+    "uneven split": "a",
+    "multi-head module": "mix.in_proj_weight",
+    "transformer layer": "mix.self_attn.in_proj_weight",
+}
+"""A group that the module's own code fixes."""
+
+TAKEN_APART = {
+    "many groups", "few groups", "transposed, many groups", "transposed, few groups", "group norm", "glu", "matrix",
+    "attention, sdpa", "attention, linear",
+}  # fmt: skip
+"""Constructs that the graph's own cut has a rule for: of these the pathway of the zeroed network is as small."""
+
+
+def made(name: str) -> MultiTaskModel:
+    torch.manual_seed(0)
+    module, inputs = CONSTRUCTS[name]()
+    return of(module, *inputs, tasks=2 if name.endswith("outputs") else 1)
+
+
+def some_kept(prunable: Prunable, seed: int) -> Tensor:
+    """Half of each group is gone."""
+    keep, chance = prunable.keep_all(), random.Random(seed)
+    for group in prunable.groups:
+        keep[torch.tensor(chance.sample(group.classes.tolist(), len(group) // 2), dtype=torch.int64)] = False
+    return keep
+
+
+def test_every_construct_has_its_say() -> None:
+    assert FOUND.keys() | REFUSED.keys() == CONSTRUCTS.keys()
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_can_go_goes_as_zeroed_and_saves_what_was_told(name: str) -> None:
+    model = made(name)
+    prunable = Prunable.of(model)
+    groups, whole = FOUND[name]
+    assert {group.name: len(group) for group in prunable.groups} == groups
+    assert left_whole(prunable.channels) == whole
+    keep = some_kept(prunable, 0)
+    cut = prunable.cut(model, keep)  # which compares it with the zeroed network
+    macs, parameters = prunable.cost(keep)
+    assert (macs, parameters) == (count_macs(trace(cut))[0], sum(p.numel() for p in cut.module.parameters()))
+    assert macs < prunable.cost(prunable.keep_all())[0] or not groups
+    if name in TAKEN_APART:
+        prunable.silence(model.module, keep)
+        assert extract(model, ["t0"]).macs == macs
+
+
+def test_heads_are_replayed_with_their_attributes(tmp_path: Path) -> None:
+    model = made("attention, sdpa")
+    prunable = Prunable.of(model)
+    keep = prunable.keep_all()
+    keep[prunable.groups[1].classes[1:3]] = False
+    cut = prunable.cut(model, keep)
+    assert cut.attributes == {"mix.num_heads": 2, "mix.inner": 6} and model.attributes == {}
+    assert cut.kept["mix.q.weight"][0] == [0, 1, 2, 9, 10, 11]
+    again = Prunable.of(cut)
+    keep = again.keep_all()
+    keep[again.groups[1].classes[0]] = False
+    once_more = again.cut(cut, keep)
+    once_more.save(tmp_path)
+    workload = SimpleNamespace(build=lambda: CONSTRUCTS["attention, sdpa"]()[0], tasks=cut.tasks)
+    workload.example_inputs = lambda: cut.inputs
+    loaded = MultiTaskModel.load(tmp_path, workload)  # type: ignore[arg-type]
+    assert loaded.attributes == {"mix.num_heads": 1, "mix.inner": 3}
+    assert torch.equal(loaded.answers(*cut.inputs)["t0"], once_more.answers(*cut.inputs)["t0"])
+
+
+def test_a_record_names_integers_of_the_module() -> None:
+    model = made("attention, sdpa")
+    for name in ("mix.none", "mix.scale", "none.heads"):
+        with pytest.raises(CompressError, match=f"has no integer '{name}'"):
+            model.cut({}, {name: 3})
+
+
+def test_the_devices_multiple_is_of_channels_not_of_heads() -> None:
+    group = next(g for g in Prunable.of(made("attention, matmul")).groups if g.name == "mix.q")
+    assert (group.span, group.step(6), group.step(16)) == (3, 2, 16)
+
+
+def test_what_a_product_sums_over_is_worth_what_writes_it() -> None:
+    """Without a weight that reads it, a key's channel would look worth nothing to criteria that go by readers."""
+    model = made("one head")
+    prunable = Prunable.of(model)
+    keep = prunable.keep_all()
+    keep[prunable.groups[1].classes[2]] = False
+    before, after = model.clone(), model.clone()
+    prunable.silence(after.module, keep)
+    changed = {
+        name for name, value in after.module.state_dict().items() if not value.equal(before.module.state_dict()[name])
+    }
+    assert changed == {"q.weight", "q.bias", "k.weight", "k.bias"}
+    bench = SimpleNamespace(seed=0, calibration=lambda count: [Batch(model.inputs)])
+    score_TC = CRITERIA["taylor"](model, prunable, bench, 1)  # type: ignore[arg-type]
+    assert bool((score_TC[:, prunable.groups[1].classes] > 0).all())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_code_fixes_is_refused(name: str) -> None:
+    model = made(name)
+    prunable = Prunable.of(model)
+    keep = prunable.keep_all()
+    keep[next(group for group in prunable.groups if group.name == REFUSED[name]).classes[0]] = False
+    with pytest.raises(CompressError, match="code fixes a size that the cut changes"):
+        prunable.cut(model, keep)
