@@ -94,6 +94,7 @@ def test_a_missing_package_is_refused_with_its_name(tmp_path: Path) -> None:
         (gzip.compress(b"\0\0\x08\1\0\0\0\5abcd"), "cannot be read as an idx file"),
         (gzip.compress(b"\0\0\x08\1\0\0\0\4abcd"), r"labels \(4,\); needed are"),
     ],
+    ids=["not packed", "cut short", "no bytes", "fewer than it says", "too few labels"],
 )
 def test_a_damaged_file_is_refused(root: Path, content: bytes, told: str) -> None:
     (root / "train-labels-idx1-ubyte.gz").write_bytes(content)
