@@ -106,6 +106,23 @@ def test_frames_are_altered_in_training_alone_and_follow_from_the_seed(root: Pat
         assert torch.equal(frame[:, 0, 1:].unique(), torch.zeros(1))
 
 
+def test_frames_without_labels_are_moved_as_well(root: Path) -> None:
+    rng = np.random.default_rng(0)
+    for file in root.glob("*.npz"):
+        arrays = dict(np.load(file))
+        for name in ("steer_frames", "collision_frames"):
+            arrays[name] = rng.integers(0, 256, arrays[name].shape, np.uint8)
+        np.savez(file, **arrays)
+    free, again = (list(DroNet(str(root), train_labels=False).batches("train", 3)) for _ in range(2))
+    labelled = list(DroNet(str(root)).batches("train", 3))
+    assert len(free) == len(labelled) and not any(batch.labels for batch in free)
+    for one, other in zip(free, again, strict=True):
+        assert torch.equal(one.inputs[0], other.inputs[0])
+        assert float(one.inputs[0].min()) >= 0 and float(one.inputs[0].max()) <= 1
+    assert not torch.equal(free[0].inputs[0], labelled[0].inputs[0])
+    assert all(batch.labels for batch in DroNet(str(root), train_labels=False).batches("validate", 0))
+
+
 def test_the_workload_keeps_the_protocol(root: Path) -> None:
     workload = DroNet(str(root))
     assert isinstance(workload, Workload)

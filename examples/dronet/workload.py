@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
+from torch.nn.functional import affine_grid, binary_cross_entropy_with_logits, grid_sample, mse_loss
 from torchmetrics import MeanSquaredError, Metric
 from torchmetrics.classification import BinaryAccuracy
 
@@ -38,9 +38,14 @@ class DroNet:
     )
     normalisation = "Grey frame, divided by 255. Answers: steering in radians; collision as a logit, sigmoid(0) = 0.5."
 
-    def __init__(self, root: str = "../shared/inputs/dronet", batch_size: int = 32) -> None:
+    def __init__(
+        self, root: str = "../shared/inputs/dronet", batch_size: int = 32, train_labels: bool = True
+    ) -> None:
+        """`train_labels=False` is for training on the original's answers alone: "train" then yields no label, and its
+        frames are altered further, in ways that would make their labels wrong.
+        """
         self.root = Path(root)
-        self.batch_size = batch_size
+        self.batch_size, self.train_labels = batch_size, train_labels
         missing = [name for name in ("train.npz", "validate.npz") if not (self.root / name).is_file()]
         if missing:
             raise CompressError(
@@ -55,8 +60,8 @@ class DroNet:
         return (torch.rand(1, 1, 200, 200, generator=torch.Generator().manual_seed(0)),)
 
     def batches(self, split: Split, seed: int) -> Iterator[Batch]:
-        """Batches of one task each; "train" shuffles frames and tasks, alters the frames as `_altered` says, and drops
-        each task's incomplete last batch.
+        """Batches of one task each; "train" shuffles frames and tasks, alters the frames as `_altered` says (without
+        labels as `_moved` does, too), and drops each task's incomplete last batch.
         """
         rows = {task: _rows(len(_load(self._file(split), task)[1]), split) for task in ARRAYS}
         rng = np.random.default_rng(seed)
@@ -76,7 +81,10 @@ class DroNet:
             label = torch.from_numpy(labels[chosen]).unsqueeze(1)
             if split == "train":
                 frame, label = _altered(frame, label, task, rng)
-            yield Batch((frame,), {task: label})
+            if split == "train" and not self.train_labels:
+                yield Batch((_moved(frame, rng),))
+            else:
+                yield Batch((frame,), {task: label})
 
     def losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> Mapping[str, Tensor]:
         """Mean squared error in radians, and binary cross entropy of the logit."""
@@ -119,6 +127,18 @@ def _altered(frame: Tensor, label: Tensor, task: str, rng: np.random.Generator) 
     contrast, light = 0.6 + 0.8 * contrast.view(-1, 1, 1, 1), 0.4 * (light.view(-1, 1, 1, 1) - 0.5)
     frame = ((frame - mean) * contrast + mean + light).clamp(0, 1)
     return frame, torch.where(mirrored_N.view(-1, 1), -label, label) if task == "steering" else label
+
+
+def _moved(frame: Tensor, rng: np.random.Generator) -> Tensor:
+    """Each frame nearer or farther, turned and shifted a little, and half of them with a share of another frame."""
+    count = len(frame)
+    zoom, turn, right, down, share = (torch.from_numpy(rng.random(count)).float() for _ in range(5))
+    zoom, turn = 0.75 + 0.4 * zoom, 0.2 * (turn - 0.5)
+    right, down, share = 0.3 * (right - 0.5), 0.3 * (down - 0.5), (0.8 * share - 0.4).clamp_min(0)
+    rows = [zoom * turn.cos(), -zoom * turn.sin(), right, zoom * turn.sin(), zoom * turn.cos(), down]
+    grid = affine_grid(torch.stack(rows, 1).view(count, 2, 3), list(frame.shape), align_corners=False)
+    frame = grid_sample(frame, grid, padding_mode="reflection", align_corners=False)
+    return torch.lerp(frame, frame.roll(1, 0), share.view(-1, 1, 1, 1))
 
 
 @cache

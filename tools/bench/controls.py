@@ -121,12 +121,12 @@ def _until(
 
 
 def from_scratch(pruned: MultiTaskModel, bench: Bench, how: Training) -> MultiTaskModel:
-    """The same shape with fresh weights, trained on labels alone for as many steps."""
+    """The same shape with fresh weights, trained as the pruned network is, for as many steps."""
     torch.manual_seed(bench.seed)
     fresh = MultiTaskModel(bench.workload.build(), pruned.tasks, pruned.inputs)
     keep = {Axis(name, dim): torch.tensor(at) for name, dims in pruned.kept.items() for dim, at in dims.items()}
     fresh.cut(keep, pruned.attributes)
-    train(fresh, bench, how.model_copy(update={"distill": "never"}), "from scratch", bench.seed)
+    train(fresh, bench, how, "from scratch", bench.seed)
     return fresh
 
 
