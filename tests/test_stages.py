@@ -22,7 +22,7 @@ from compressor.record import sizes_of
 from compressor.sequential import Oracle, judging
 from compressor.stages.finetune import Finetune
 from compressor.stages.pathway import Pathway
-from compressor.stages.prune import LEAST_PRESSURE, Prune, combine, spent
+from compressor.stages.prune import Prune, combine
 from compressor.training import Training
 from compressor.workload import Task
 
@@ -264,49 +264,31 @@ def test_layers_whose_channels_an_operator_mixes_are_named(tmp_path: Path) -> No
 
 def test_max_protects_what_one_task_needs_and_sum_trades(bench: Bench) -> None:
     score_TC = torch.tensor([[9.0, 1.0, 0.0], [0.0, 5.0, 5.0]])
-    assert combine(score_TC, ["kind", "size"], bench, "max", {}).tolist() == pytest.approx([0.9, 0.5, 0.5])
-    assert combine(score_TC, ["kind", "size"], bench, "sum", {}).tolist() == pytest.approx([0.9, 0.6, 0.5])
-    assert combine(7 * score_TC, ["kind", "size"], bench, "sum", {}).tolist() == pytest.approx([0.9, 0.6, 0.5])
+    assert combine(score_TC, ["kind", "size"], bench, "max").tolist() == pytest.approx([0.9, 0.5, 0.5])
+    assert combine(score_TC, ["kind", "size"], bench, "sum").tolist() == pytest.approx([0.9, 0.6, 0.5])
+    assert combine(7 * score_TC, ["kind", "size"], bench, "sum").tolist() == pytest.approx([0.9, 0.6, 0.5])
 
 
 def test_unanimous_goes_by_each_tasks_own_order(bench: Bench) -> None:
     score_TC = torch.tensor([[9.0, 1.0, 0.0, 0.0], [0.0, 0.0, 5.0, 0.1]])
-    value = combine(score_TC, ["kind", "size"], bench, "unanimous", {})
+    value = combine(score_TC, ["kind", "size"], bench, "unanimous")
     assert value.tolist() == [1.0, 0.5, 1.0, 0.5], "scores of a task say nothing but its order; equal ones rank equally"
-    assert combine(torch.zeros(2, 3), ["kind", "size"], bench, "unanimous", {}).tolist() == [0, 0, 0]
+    assert combine(torch.zeros(2, 3), ["kind", "size"], bench, "unanimous").tolist() == [0, 0, 0]
 
 
 def test_a_tighter_budget_weighs_more(model: MultiTaskModel, tmp_path: Path) -> None:
     bench = tiny.bench(model, tmp_path, kind="1 %", size="10 %")
     value = combine(
-        torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), ["kind", "size", "mask"], bench, "max", {}
+        torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), ["kind", "size", "mask"], bench, "max"
     )
     assert value.tolist() == pytest.approx([1.0, 0.1, 0.01])
     bench.before = {**bench.before, "kind": 0.0}  # nothing is relative to zero: as if it had no budget
-    value = combine(torch.eye(3), ["kind", "size", "mask"], bench, "max", {})
+    value = combine(torch.eye(3), ["kind", "size", "mask"], bench, "max")
     assert value.tolist() == pytest.approx([0.1, 1.0, 0.1])
 
 
-def test_a_task_weighs_as_much_of_its_budget_as_it_has_used(bench: Bench) -> None:
-    used = {"kind": 2.0, "size": 0.5}
-    assert combine(torch.eye(2), ["kind", "size"], bench, "max", used).tolist() == pytest.approx([1.0, 0.25])
-
-
-def test_what_was_spent_is_told_in_budgets_and_only_when_all_tasks_have_one(
-    model: MultiTaskModel, tmp_path: Path
-) -> None:
-    names = [task.name for task in model.tasks]
-    bench = tiny.bench(model, tmp_path, **dict.fromkeys(names, "10 %"))
-    assert set(spent(bench, bench.before).values()) == {LEAST_PRESSURE}
-    first = next(task for task in model.tasks if task.name == names[0])
-    worse = 0.8 if first.higher_is_better else 1.2
-    after = {**bench.before, names[0]: worse * bench.before[names[0]]}
-    assert spent(bench, after)[names[0]] == pytest.approx(2.0)
-    assert spent(tiny.bench(model, tmp_path, **{names[0]: "10 %"}), after) == {}
-
-
 def test_a_task_that_needs_nothing_is_no_division_by_zero(bench: Bench) -> None:
-    assert combine(torch.zeros(2, 3), ["kind", "size"], bench, "max", {}).tolist() == [0, 0, 0]
+    assert combine(torch.zeros(2, 3), ["kind", "size"], bench, "max").tolist() == [0, 0, 0]
 
 
 # --- what channels cost

@@ -30,9 +30,6 @@ _EQUAL = 0.02  # latencies this close are equal
 _FINEST = 4  # multiple of channels
 _CORRECTIONS = 2  # more rounds where the network that was pruned in the end is slower than the guess
 
-LEAST_PRESSURE = 0.1
-"""Weight of a task that has not used its budget at all, when another has used exactly its own."""
-
 
 class Prune(Settings):
     """Remove the channels worth least per multiply-add and parameter they cost, in rounds, until the goal is met.
@@ -50,7 +47,7 @@ class Prune(Settings):
             (`compressor/sequential.py`); "uniform" keeps the same share of every group.
         criterion: a name in CRITERIA.
         combine: how a channel's importance to each task becomes one number: each task's row is first scaled to sum 1
-            and weighed by the share of its budget that the task has used so far, then "max" protects what any one task
+            and weighed as its budget is tight (relative to its score), then "max" protects what any one task
             needs, "sum" trades tasks against each other. "unanimous" takes each task's ranks instead, unweighed: a
             channel goes when every task ranks it low (Sun et al., "DiSparse", CVPR 2022).
         batches: calibration batches that importance is measured on, and batch norm where nothing is recovered.
@@ -128,7 +125,7 @@ class Prune(Settings):
             return 1.0
         for _ in range(_MEASURED):
             goal = _goal(full, (share, self.parameters), 1.0)
-            cut = guess._shrink(model, bench, goal, multiple, floors, {})
+            cut = guess._shrink(model, bench, goal, multiple, floors)
             reached = speed(cut.model)
             bench.progress.line(f"  {_left(cut.costs, full)}: latency {reached:.1%} of the original's")
             if (1 - _CLOSE) * latency <= reached <= latency:
@@ -164,7 +161,7 @@ class Prune(Settings):
         multiple = bench.multiple
         while multiple >= min(_FINEST, bench.multiple):
             tried = self.model_copy(update={"round_to": multiple, "search": search})
-            cut = tried._shrink(model, bench, goal, *tried._widths(start, bench), {})
+            cut = tried._shrink(model, bench, goal, *tried._widths(start, bench))
             took[multiple] = bench.speed(cut.model) / max(cut.costs[0] / full[0], 1e-9)
             multiple //= 2
         best = min(m for m in took if took[m] <= (1 + _EQUAL) * min(took.values()))
@@ -179,14 +176,14 @@ class Prune(Settings):
         start = Prunable.of(model)
         full = start.cost(start.keep_all())
         multiple, floors = self._widths(start, bench)
-        good, sizes, pressure, why = model, full, dict[str, float](), ""
+        good, sizes, why = model, full, ""
         done, failed, turn, tries = 0.0, 0.0, 0, self.retries
         while done < 1:
             turn += 1
             step = round(done * rounds) + 1
             aim = (done + failed) / 2 if failed else step / rounds
             goal = _goal(full, fractions, aim)
-            cut = self._shrink(good, bench, goal, multiple, floors, pressure)
+            cut = self._shrink(good, bench, goal, multiple, floors)
             title = f"prune {step}/{rounds}" if not failed else f"prune, a smaller step ({tries} left)"
             if self.recover and self.recover.steps:  # which leaves batch norm better estimated than a few batches would
                 train(cut.model, bench, self.recover, title, bench.seed + turn)
@@ -200,7 +197,7 @@ class Prune(Settings):
                 why = f"with {_left(cut.costs, full)} {over}, which needs most of what went from '{cut.culprit(worst)}'"
             else:
                 narrower, sizes = cut.costs != sizes, cut.costs
-                good, pressure = cut.model, spent(bench, scores)
+                good = cut.model
                 if _short(sizes, goal) and cut.stopped and narrower and tries:
                     tries -= 1  # what was recovered since may be spent on the same step again
                     continue
@@ -222,18 +219,12 @@ class Prune(Settings):
         return f"no group may become narrower (widths are multiples of {cut.multiple}, {least})"
 
     def _shrink(
-        self,
-        model: MultiTaskModel,
-        bench: Bench,
-        goal: Costs,
-        multiple: int,
-        floors: Mapping[str, int],
-        pressure: Mapping[str, float],
+        self, model: MultiTaskModel, bench: Bench, goal: Costs, multiple: int, floors: Mapping[str, int]
     ) -> "_Shrunk":
         """A copy cut to the goal, shown to answer as the uncut network does with the same channels zeroed."""
         prunable = Prunable.of(model)
         score_TC = CRITERIA[self.criterion](model, prunable, bench, self.batches)
-        value_C = combine(score_TC, [task.name for task in model.tasks], bench, self.combine, pressure)
+        value_C = combine(score_TC, [task.name for task in model.tasks], bench, self.combine)
         groups, stopped = list(prunable.groups), dict[str, str]()
         while True:
             given = prunable, groups, value_C, goal, multiple, floors
@@ -274,30 +265,21 @@ class _Shrunk:
         return max(self.groups, key=lambda g: float(row_C[g.classes[~self.keep[g.classes]]].sum())).name
 
 
-def combine(
-    score_TC: Tensor, tasks: list[str], bench: Bench, how: Combine, pressure: Mapping[str, float]
-) -> Tensor:
+def combine(score_TC: Tensor, tasks: list[str], bench: Bench, how: Combine) -> Tensor:
     """(class,) one value a channel from one row a task: rows sum to 1, then weigh as their tasks need protection.
 
     Ranks, for "unanimous", run from 0 to 1 and are equal for equal scores.
 
-    A task weighs as much of its budget as it has used (`pressure`, from the round before); before anything is known, as
-    tight as its budget is relative to its score. One without a budget weighs as one with a budget of 100 %.
+    A task weighs as its budget is tight, relative to its score. One without a budget weighs as one with a budget of
+    100 %. What a round has lost of a budget does not count: after a short recovery it says which metric is slow to
+    come back, not which task lacks channels.
     """
     if how == "unanimous":
         return highest_rank(score_TC)
     scaled_TC = score_TC / score_TC.sum(1, keepdim=True).clamp_min(1e-30)
-    weight_T = torch.tensor([pressure.get(task, 1 / _relative_budget(bench, task)) for task in tasks])
+    weight_T = torch.tensor([1 / _relative_budget(bench, task) for task in tasks])
     scaled_TC = scaled_TC * (weight_T / weight_T.max())[:, None]
     return scaled_TC.max(0).values if how == "max" else scaled_TC.sum(0)
-
-
-def spent(bench: Bench, scores: Mapping[str, float]) -> dict[str, float]:
-    """The share of its budget that each task has used, at least `LEAST_PRESSURE`; nothing unless all tasks have one."""
-    left = bench.shares(scores)
-    if len(left) < len(bench.original.tasks):
-        return {}
-    return {name: max(1 - share, LEAST_PRESSURE) for name, share in left.items()}
 
 
 def _relative_budget(bench: Bench, task: str) -> float:
