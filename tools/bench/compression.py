@@ -149,6 +149,7 @@ def table(name: str, found: dict[str, list[Found]]) -> str:
     goals += [f"{task} drops by at most {bound}" for task, bound in study.drops.items()]
     steps = next(iter(found.values()))[0]["about"]["stages"]
     training = " + ".join(_trainings(stage) for stage in steps)
+    commits = ", ".join(sorted({one["commit"] for runs in found.values() for one in runs}))
     lines = [
         f"# {study.title}", "",
         f"`tools/bench/compression.py {name} --tables`, recipe `tools/bench/recipes/{study.recipe}.toml`"
@@ -156,7 +157,7 @@ def table(name: str, found: dict[str, list[Found]]) -> str:
         f"Training steps: {training}. Asked of ours: {'; '.join(goals)}.", "",
         "Drops are against the original network on the validate split, positive is worse, in parts of its score where "
         "the bound is one and else in the metric's unit; means over seeds, with the extremes. Effective multiply-adds "
-        "are those whose weight is not zero.", "",
+        f"are those whose weight is not zero. Run at commit {commits}.", "",
         f"| case | seeds | MACs | effective | parameters | not zero | {' | '.join(study.drops)} | worst, relative |",
         f"|{'---|' * (7 + len(study.drops))}",
     ]
