@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,16 @@ def kill_at(point: str) -> None:
 def once(job: pipeline.Job, out: Path, point: str) -> int:
     child = os.fork()
     if child == 0:
-        if point:
-            kill_at(point)
-        pipeline.run(job, out, "compress run")
-        os._exit(0)
+        try:
+            if point:
+                kill_at(point)
+            pipeline.run(job, out, "compress run")
+        finally:  # an exit with handlers would wait for threads that a fork does not have
+            failed = sys.exc_info()[0] is not None
+            if failed:
+                traceback.print_exc()
+                sys.stderr.flush()
+            os._exit(failed)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

@@ -28,7 +28,7 @@ POINTS = (
     "compressor.stages.prune.train:2",
     "compressor.stages.ticket.train:2",  # one round's masks are written
     "compressor.stages.finetune.train:1",
-    "compressor.stages.pathway.extract:1",
+    "compressor.stages.pathway.needed:1",
     "compressor.deploy.climb:2",  # the second artifact is built, not verified
     "compressor.latency.interleave:1",
     "compressor.pipeline.write:1",

@@ -130,8 +130,8 @@ def test_what_was_recovered_is_spent_on_another_walk(model: MultiTaskModel, tmp_
     work = tiny.Tiny(split_labels=False)
     sizes = []
     for retries in (0, 3):
-        bench = tiny.bench(model, tmp_path, work, size=0.02, kind=0.1, mask=0.1)
-        how = Training(steps=12, learning_rate=2e-3)
+        bench = tiny.bench(model, tmp_path, work, size=0.05, kind=0.1, mask=0.1)
+        how = Training(steps=12, learning_rate=1e-3)
         stage = prune(macs=0.05, rounds=1, retries=retries, search="sequential", recover=how, round_to=1)
         after = stage.run(model, bench)
         assert bench.short and min(bench.margins(bench.scores(after)).values()) >= 0
