@@ -1,7 +1,7 @@
 """What the compression benchmark runs: studies (a recipe and what it must reach) and the cases of each."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 
 import controls
@@ -36,16 +36,17 @@ class Study:
     macs: float | None = None
     parameters: float | None = None
     effective: float | None = None
-    title: str = field(default="")
+    title: str = ""
 
 
-def ours(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
-    return _stages(job)
-
-
-def changed(job: Job, **settings: object) -> Mapping[tuple[str, ...], MultiTaskModel]:
-    """The recipe's stages with some settings of `prune` or `ticket` changed."""
-    return _stages(job, **settings)
+def stages(job: Job, **settings: object) -> Mapping[tuple[str, ...], MultiTaskModel]:
+    """The recipe's stages, some settings changed in those that have them."""
+    model = job.model
+    for stage in job.recipe.stages:
+        known = {key: value for key, value in settings.items() if hasattr(stage, key)}
+        changed = type(stage).model_validate(stage.model_dump() | known)  # type: ignore[attr-defined]
+        model = changed.run(model, job.bench)
+    return _all(job, model)
 
 
 def published(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
@@ -59,9 +60,8 @@ def published(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
 
 
 def scratch(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
-    """The shape that ours ends with and fresh weights, trained for all the steps that ours is given."""
-    shape = _prune(job).model_copy(update={"recover": None}).run(job.model, job.bench)
-    return _all(job, controls.from_scratch(shape, job.bench, _whole_training(job)))
+    """The shape that `prune` finds without recovery, with fresh weights, trained for all the steps ours is given."""
+    return _all(job, controls.from_scratch(_shape(job), job.bench, _whole_training(job)))
 
 
 def longer(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
@@ -72,16 +72,14 @@ def longer(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
 
 
 def singles(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
-    """For each task a network of its own, of the pruned shape, with fresh weights and trained on this task alone."""
-    shape = _prune(job).model_copy(update={"recover": None}).run(job.model, job.bench)
-    names = [task.name for task in job.model.tasks]
-    how = _whole_training(job)
-    return {
-        (name,): controls.from_scratch(
-            shape, job.bench, how.model_copy(update={"loss_weights": {n: float(n == name) for n in names}})
-        )
-        for name in names
-    }
+    """For each task a network of its own, of that shape, with fresh weights, trained and chosen by this task alone."""
+    shape, how, names = _shape(job), _whole_training(job), [task.name for task in job.model.tasks]
+    found: dict[tuple[str, ...], MultiTaskModel] = {}
+    for name in names:
+        alone = replace(job.bench, budgets={name: job.bench.budgets[name]})
+        weights = {other: float(other == name) for other in names}
+        found[(name,)] = controls.from_scratch(shape, alone, how.model_copy(update={"loss_weights": weights}))
+    return found
 
 
 def random_ticket(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
@@ -90,19 +88,19 @@ def random_ticket(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
 
 
 CHANNELS: Mapping[str, Case] = {
-    OURS: ours,
-    "uniform width": partial(changed, search="uniform", criterion="magnitude"),
-    "magnitude": partial(changed, criterion="magnitude"),
+    OURS: stages,
+    "uniform width": partial(stages, search="uniform", criterion="magnitude"),
+    "magnitude": partial(stages, criterion="magnitude"),
     "PAGCP, as published": published,
-    "sequential": partial(changed, search="sequential", slack=20.0),
+    "sequential": partial(stages, search="sequential", slack=20.0),
     "from scratch": scratch,
     "single tasks": singles,
     LONGER: longer,
 }
 TICKETS: Mapping[str, Case] = {
-    OURS: ours,
-    "by tasks": partial(changed, saliency="tasks"),
-    "same in every layer": partial(changed, scope="layer"),
+    OURS: stages,
+    "by tasks": partial(stages, saliency="tasks"),
+    "same in every layer": partial(stages, scope="layer"),
     "random places": random_ticket,
     LONGER: longer,
 }
@@ -127,7 +125,7 @@ STUDIES: Mapping[str, Study] = {
         "scenes-ticket", TICKETS, _SCENES, sets=_FIVE, title="Scenes: a ticket of 5 % of the weights"
     ),
     "scenes-both": Study(
-        "scenes-both", {OURS: ours}, dict.fromkeys(_SCENES, "3 %"), effective=0.12,
+        "scenes-both", {OURS: stages}, dict.fromkeys(_SCENES, "3 %"), effective=0.12,
         title="Scenes: channels, then weights",
     ),
     "fashion-ticket": Study(
@@ -142,17 +140,12 @@ STUDIES: Mapping[str, Study] = {
 }
 
 
-def _stages(job: Job, **settings: object) -> Mapping[tuple[str, ...], MultiTaskModel]:
-    model = job.model
-    for stage in job.recipe.stages:
-        known = {key: value for key, value in settings.items() if hasattr(stage, key)}
-        changed = type(stage).model_validate(stage.model_dump() | known)  # type: ignore[attr-defined]
-        model = changed.run(model, job.bench)
-    return _all(job, model)
-
-
 def _all(job: Job, model: MultiTaskModel) -> Mapping[tuple[str, ...], MultiTaskModel]:
     return {tuple(task.name for task in job.model.tasks): model}
+
+
+def _shape(job: Job) -> MultiTaskModel:
+    return _prune(job).model_copy(update={"recover": None}).run(job.model, job.bench)
 
 
 def _prune(job: Job) -> Prune:

@@ -201,19 +201,22 @@ def latency() -> list[Row]:
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("study", nargs="*", choices=[*STUDIES, []], default=list(STUDIES))
-    parser.add_argument("--case", nargs="+", help="only these cases, where a study has them")
+    cases = list(dict.fromkeys(case for study in STUDIES.values() for case in study.cases))
+    parser.add_argument("study", nargs="*", metavar="STUDY", help=f"{', '.join(STUDIES)}; without one, all")
+    parser.add_argument("--case", nargs="+", choices=cases, help="only these cases, where a study has them")
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tables", action="store_true", help="write docs/results/STUDY.md")
     parser.add_argument("--latency", action="store_true", help="only goals in latency")
     given = parser.parse_args()
+    if unknown := [name for name in given.study if name not in STUDIES]:
+        parser.error(f"no study '{unknown[0]}'; there are {', '.join(STUDIES)}")
     if given.latency:
         finish(latency(), given.json)
         return
     rows = []
     with tempfile.TemporaryDirectory() as nowhere:
         share, seeds, folder = (0.1, [0], Path(nowhere)) if given.quick else (1.0, given.seed, RESULTS / "runs")
-        for name in given.study:
+        for name in given.study or STUDIES:
             chosen = [case for case in STUDIES[name].cases if given.case is None or case in given.case]
             found = {case: [run(name, case, seed, share, folder) for seed in seeds] for case in chosen}
             rows += rows_of(name, found)
