@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressor.bench import Bench, reestimate_batchnorm
 from compressor.channels import Axis
@@ -196,8 +196,8 @@ class Ticket(Settings):
             saved = train(trained, bench, self.train, "ticket, dense", bench.seed, snapshot=self.rewind)
             assert saved is not None  # it is one of the steps
             return trained, saved
-        source = initial(model, bench) if self.rewind == "init" else model.module
-        return trained, {name: value.detach().clone() for name, value in source.state_dict().items()}
+        source = initial(model, bench) if self.rewind == "init" else model
+        return trained, {name: value.detach().clone() for name, value in source.module.state_dict().items()}
 
     def _score(
         self, model: MultiTaskModel, part: Mapping[str, Tensor], left: int, bench: Bench, title: str, seed: int
@@ -255,13 +255,14 @@ def rewind(model: MultiTaskModel, state: Mapping[str, Tensor], masks: Mapping[st
     return copy
 
 
-def initial(model: MultiTaskModel, bench: Bench) -> nn.Module:
-    """What the workload builds under the recipe's seed, cut as the model is."""
+def initial(model: MultiTaskModel, bench: Bench) -> MultiTaskModel:
+    """What the workload builds under the recipe's seed, cut as the model is; without masks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(bench.seed)
         fresh = MultiTaskModel(bench.workload.build(), model.tasks, model.inputs)
-    fresh.cut({Axis(n, dim): torch.tensor(left) for n, dims in model.kept.items() for dim, left in dims.items()})
-    return fresh.module
+    keep = {Axis(n, dim): torch.tensor(left) for n, dims in model.kept.items() for dim, left in dims.items()}
+    fresh.cut(keep, model.attributes)
+    return fresh
 
 
 def _density(model: MultiTaskModel, names: Sequence[str]) -> float:

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from compressor.allocation import kept, ranking
 from compressor.bench import Bench
-from compressor.channels import Axis
 from compressor.costs import Costs, Ledger
 from compressor.criteria import CRITERIA
 from compressor.groups import Group, Prunable
 from compressor.model import MultiTaskModel
-from compressor.stages.ticket import Ticket, rewind
+from compressor.stages.ticket import Ticket, initial, rewind
 from compressor.training import Training, train
 from compressor.workload import Batch
 
@@ -122,10 +121,7 @@ def _until(
 
 def from_scratch(pruned: MultiTaskModel, bench: Bench, how: Training) -> MultiTaskModel:
     """The same shape with fresh weights, trained as the pruned network is, for as many steps."""
-    torch.manual_seed(bench.seed)
-    fresh = MultiTaskModel(bench.workload.build(), pruned.tasks, pruned.inputs)
-    keep = {Axis(name, dim): torch.tensor(at) for name, dims in pruned.kept.items() for dim, at in dims.items()}
-    fresh.cut(keep, pruned.attributes)
+    fresh = initial(pruned, bench)
     train(fresh, bench, how, "from scratch", bench.seed)
     return fresh
 
