@@ -204,6 +204,28 @@ def test_survivors_start_each_round_bit_for_bit_at_the_rewind_weights(
             assert torch.equal(value, torch.where(mask, rewound[name], torch.zeros_like(value))), name
 
 
+def test_without_rewinding_survivors_start_each_round_where_the_last_left_them(
+    model: MultiTaskModel, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch norm's statistics and all else that is not pruned as well."""
+    import compressor.stages.ticket as module
+
+    plain, before = module.train, [dict(model.module.state_dict())]
+
+    def train(candidate: MultiTaskModel, *args: object, **options: object) -> object:
+        for name, value in candidate.module.state_dict().items():
+            mask = candidate.masks.get(name, torch.ones_like(value, dtype=torch.bool))
+            assert torch.equal(value, torch.where(mask, before[-1][name], torch.zeros_like(value))), name
+        saved = plain(candidate, *args, **options)  # type: ignore[arg-type]
+        before.append({name: value.clone() for name, value in candidate.module.state_dict().items()})
+        return saved
+
+    monkeypatch.setattr(module, "train", train)
+    after = ticket(rewind="none").run(model, bench)
+    assert len(before) == 4
+    assert all(torch.equal(value, before[-1][name]) for name, value in after.module.state_dict().items())
+
+
 def _recording(plain: object, starts: list[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> object:
     """`train`, noting the state each training starts from and the snapshot it returns."""
 
@@ -343,7 +365,7 @@ def test_a_goal_for_what_is_no_component_is_refused(model: MultiTaskModel, bench
         ({"keep": {"a": 0.0}}, "'keep.a' is a fraction above 0, up to 1"),
         ({"saliency": "learnt", "scope": "layer"}, "leave 'keep' and scope 'layer' out"),
         ({"saliency": "learnt", "train": {"steps": 0}}, "let 'train' have steps"),
-        ({"rewind": "inti"}, "'rewind' is 'trained', 'init' or a number of steps, not 'inti'"),
+        ({"rewind": "inti"}, "'rewind' is 'none', 'trained', 'init' or a number of steps, not 'inti'"),
         ({"rewind": "init", "train": {"steps": 0}}, "needs 'train' to have steps"),
         ({"rewind": 4}, "'rewind' is 4, but 'train' has 3 steps"),
         ({"rewind": 0}, "'rewind' is 0, but"),

@@ -50,14 +50,16 @@ class Ticket(Settings):
             1.4 times as fast as scattered weights; or N of each M inputs, such as "2:4", which sets the ratio itself.
         prune_also: what is pruned beside the weights of convolutions and linear layers: their "bias", the "norm" layers
             (scales and shifts), and every "other" parameter (the module's own, embeddings, recurrent layers).
-        rewind: the state to which survivors, and all that is not pruned, return before each training: "trained", the
-            one the stage was given (with the learning rate's schedule); "init", what the workload builds under the
-            recipe's seed; or k > 0: first the dense network is trained, and its state after k of those steps is taken.
+        rewind: the state to which survivors, and all that is not pruned, return before each training: "none", they stay
+            as the round before left them and only the learning rate starts anew; "trained", the one the stage was
+            given; "init", what the workload builds under the recipe's seed; or k > 0: first the dense network is
+            trained, and its state after k of those steps is taken.
         train: what happens in each round (and first, for a rewind to a step).
         slack: budgets are multiplied by this while rounds are judged.
         calibrate_batches: batch norm is re-estimated on so many before a round is judged, where it trains no step.
 
-    Source: Frankle & Carbin, ICLR 2019; rewinding: Frankle et al., ICML 2020; Renda et al., ICLR 2020.
+    Source: Frankle & Carbin, ICLR 2019; rewinding to a step: Frankle et al., ICML 2020; rewinding the learning rate
+    alone: Renda et al., ICLR 2020.
     """
 
     kind: Literal["ticket"]
@@ -78,8 +80,8 @@ class Ticket(Settings):
     @model_validator(mode="after")
     def _rewinds_to_a_state_there_is(self) -> "Ticket":
         if isinstance(self.rewind, str):
-            if self.rewind not in ("trained", "init"):
-                raise ValueError(f"'rewind' is 'trained', 'init' or a number of steps, not '{self.rewind}'")
+            if self.rewind not in ("none", "trained", "init"):
+                raise ValueError(f"'rewind' is 'none', 'trained', 'init' or a number of steps, not '{self.rewind}'")
             if self.rewind == "init" and not self.train.steps:
                 raise ValueError("'rewind' is 'init', which needs 'train' to have steps")
         elif not 1 <= self.rewind <= self.train.steps:
@@ -150,7 +152,7 @@ class Ticket(Settings):
             seed = bench.seed + turn
             score = self._score(trained, part, sum(left), bench, f"{title}, thresholds", seed)
             masks = course.masks(score, alive(trained, names), left)
-            candidate = rewind(trained, rewound, masks)
+            candidate = rewind(trained, rewound or trained.module.state_dict(), masks)
             if self.train.steps:
                 train(candidate, bench, self.train, title, seed)
             else:
@@ -189,13 +191,15 @@ class Ticket(Settings):
         given = count(pool, alive(model, list(part)))
         return _Course(pattern, pool, given, [list(self.schedule)] if self.schedule else paths)
 
-    def _start(self, model: MultiTaskModel, bench: Bench) -> tuple[MultiTaskModel, dict[str, Tensor]]:
-        """The network whose weights the first round compares, and the state that survivors return to."""
+    def _start(self, model: MultiTaskModel, bench: Bench) -> tuple[MultiTaskModel, dict[str, Tensor] | None]:
+        """The network whose weights the first round compares, and the state that survivors return to, if any."""
         trained = model.clone()
         if isinstance(self.rewind, int):
             saved = train(trained, bench, self.train, "ticket, dense", bench.seed, snapshot=self.rewind)
             assert saved is not None  # it is one of the steps
             return trained, saved
+        if self.rewind == "none":
+            return trained, None
         source = initial(model, bench) if self.rewind == "init" else model
         return trained, {name: value.detach().clone() for name, value in source.module.state_dict().items()}
 
