@@ -32,6 +32,7 @@ class Bench:
         directory: where a stage may leave files that belong to its result.
         checkpoints: where trainings leave their state while a stage is not finished; None keeps none.
         notes: sentences a stage leaves for the report.
+        asked: for each search that put questions to cut networks, how many and about how many groups of channels.
         speed: a model's latency on the device as a share of the original's; None where nobody can measure it.
         short: whether the stage ended short of the goal it was given.
         device: where trainings and scores are computed; models are on the CPU in between.
@@ -47,6 +48,7 @@ class Bench:
     directory: Path = Path()
     checkpoints: Path | None = None
     notes: list[str] = field(default_factory=list)
+    asked: list[tuple[int, int]] = field(default_factory=list)
     short: bool = False
     speed: Callable[[MultiTaskModel], float] | None = None
     device: torch.device = compute.CPU

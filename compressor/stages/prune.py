@@ -231,6 +231,7 @@ class Prune(Settings):
             if self.search == "sequential":
                 oracle = Oracle(model, prunable, bench, self.batches, self.slack)
                 keep, stopped = walk(*given, oracle.holds), oracle.stopped
+                bench.asked.append((oracle.asked, len(groups)))
                 bench.progress.line(f"  asked the cut network {oracle.asked} times about {len(groups)} groups")
             else:
                 keep = (cheapest if self.search == "value" else uniform)(*given)

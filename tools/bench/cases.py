@@ -14,6 +14,7 @@ from compressor.stages.ticket import Ticket
 from compressor.training import Training, train
 
 OURS, LONGER = "ours", "original, trained on"
+SEQUENTIAL, PUBLISHED = "sequential", "PAGCP, as published"
 
 Case = Callable[[Job], Mapping[tuple[str, ...], MultiTaskModel]]
 """Networks by the tasks that each answers: mostly one for all tasks."""
@@ -53,10 +54,8 @@ def published(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
     """PAGCP as published, with the recipe's recovery and fine-tuning."""
     prune, tune = _prune(job), _tune(job)
     assert prune.recover is not None and prune.macs is not None
-    case = controls.Published(prune.macs, prune.recover)
-    found = tune.run(case.run(job.model.clone(), job.bench), job.bench)
-    job.bench.note(f"{case.passes} passes over the loader")
-    return _all(job, found)
+    found = controls.Published(prune.macs, prune.recover).run(job.model.clone(), job.bench)
+    return _all(job, tune.run(found, job.bench))
 
 
 def scratch(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
@@ -91,8 +90,8 @@ CHANNELS: Mapping[str, Case] = {
     OURS: stages,
     "uniform width": partial(stages, search="uniform", criterion="magnitude"),
     "magnitude": partial(stages, criterion="magnitude"),
-    "PAGCP, as published": published,
-    "sequential": partial(stages, search="sequential", slack=20.0),
+    PUBLISHED: published,
+    SEQUENTIAL: partial(stages, search="sequential", slack=20.0),
     "from scratch": scratch,
     "single tasks": singles,
     LONGER: longer,

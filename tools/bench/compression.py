@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cases import LONGER, OURS, STUDIES, Study
+from cases import LONGER, OURS, PUBLISHED, SEQUENTIAL, STUDIES, Study
 from rows import Row, finish, options
 
 from compressor import compute, pipeline, recipe
@@ -64,7 +64,7 @@ def run(name: str, case: str, seed: int, share: float, folder: Path) -> Found:
         nonzero += sum(int((value != 0).sum()) for value in trained)
     found = {
         "study": name, "case": case, "seed": seed, "about": about, "seconds": time.monotonic() - begun,
-        "commit": _commit(), "notes": bench.notes, "before": dict(bench.before), "scores": scores,
+        "commit": _commit(), "notes": bench.notes, "asked": bench.asked, "before": dict(bench.before), "scores": scores,
         "drops": {t.name: drop(t, bench.before[t.name], scores[t.name]) for t in original.tasks},
         "macs": macs / dense, "effective": effective / dense, "parameters": left / parameters,
         "nonzero": nonzero / parameters,
@@ -117,6 +117,11 @@ def worst(study: Study, runs: list[Found]) -> float:
     return max(mean(runs, "drops", task) / abs(mean(runs, "before", task)) for task in study.drops)
 
 
+def _asked(runs: list[Found], which: int = 0) -> int:
+    """Questions that the runs' searches put to cut networks (0), or the groups that they were about (1)."""
+    return sum(search[which] for one in runs for search in one["asked"])
+
+
 def rows_of(name: str, found: dict[str, list[Found]]) -> list[Row]:
     study, rows = STUDIES[name], []
     for case, runs in found.items():
@@ -127,6 +132,13 @@ def rows_of(name: str, found: dict[str, list[Found]]) -> list[Row]:
         for task, bound in study.drops.items():
             goal = Budget.parse(bound).amount if ours else None
             rows.append(Row(f"drop of {task}", name, case, 0, used(study, runs, task), goal, most=True))
+        if case == SEQUENTIAL:
+            rows.append(Row("questions a group", name, case, 0, _asked(runs) / _asked(runs, 1), 5.0, most=True))
+        if case == SEQUENTIAL and PUBLISHED in found:
+            fewer = _asked(found[PUBLISHED]) / _asked(runs)
+            rows.append(Row("questions of PAGCP as published over ours", name, case, 0, fewer, 3.0, most=False))
+            ahead = worst(study, found[PUBLISHED]) - worst(study, runs)
+            rows.append(Row("worst drop of PAGCP as published, less ours", name, case, 0, ahead, 0.0, most=False))
         if case not in (OURS, LONGER) and OURS in found:
             ahead = worst(study, runs) - worst(study, found[OURS])
             rows.append(Row("worst drop, less ours", name, case, 0, ahead, 0.0, most=False))
@@ -173,6 +185,10 @@ def table(name: str, found: dict[str, list[Found]]) -> str:
         lines.append(f"| {' | '.join([case, seeds, *sizes, *drops, most])} |")
     every = [(case, one["seed"], note) for case, runs in found.items() for one in runs for note in one["notes"]]
     notes = [f"- {case}, seed {seed}: {note}" for case, seed, note in every]
+    notes += [
+        f"- {case}: {_asked(runs)} questions to cut networks about {_asked(runs, 1)} groups, over all searches"
+        for case, runs in found.items() if any(one["asked"] for one in runs)
+    ]
     return "\n".join([*lines, "", *notes]).rstrip() + "\n"
 
 

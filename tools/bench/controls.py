@@ -28,11 +28,11 @@ MOST_ROUNDS, LOSS_BATCHES = 8, 4
 
 @dataclass
 class Published:
-    """PAGCP's rounds of `prune -> retrain` until the multiply-adds are met; `passes` counts runs over the loader."""
+    """PAGCP's rounds of `prune -> retrain` until the multiply-adds are met; `asked` counts questions of the last."""
 
     macs: float
     recover: Training
-    passes: int = 0
+    asked: int = 0
 
     def run(self, model: MultiTaskModel, bench: Bench) -> MultiTaskModel:
         start = Prunable.of(model)
@@ -51,7 +51,7 @@ class Published:
         return model
 
     def _round(self, model: MultiTaskModel, prunable: Prunable, bench: Bench, goal: int) -> Tensor:
-        batches = list(islice(bench.workload.batches("calibrate", bench.seed), LOSS_BATCHES))
+        self.asked, batches = 0, list(islice(bench.workload.batches("calibrate", bench.seed), LOSS_BATCHES))
         groups, ledger = prunable.groups, Ledger(prunable)
         base = self._losses(model, prunable, bench, batches, prunable.keep_all())
         scores = CRITERIA["magnitude-l1"](model, prunable, bench, 1)[0]
@@ -78,13 +78,14 @@ class Published:
             rise = max(found[t] / before[t] - 1 for t in before)
             price[group.name] = rise / gain if gone and gain else math.inf
             ledger.drop(gone)
+        bench.asked.append((self.asked, len(groups)))
         best = sorted(groups, key=lambda g: price[g.name])[: round(KEPT_GROUPS * len(groups))]
         return _until(prunable, groups, {g.name: left[g.name] for g in best}, ranked, goal)
 
     def _losses(
         self, model: MultiTaskModel, prunable: Prunable, bench: Bench, batches: list[Batch], keep: Tensor
     ) -> dict[str, float]:
-        self.passes += 1
+        self.asked += 1
         probe = model.clone()
         total: dict[str, float] = {}
         prunable.silence(probe.module, keep)
