@@ -56,6 +56,14 @@ def join(where: Where) -> torch.device:
     return CPU if on_cpu else torch.device(state.device)
 
 
+def place(device: torch.device, threads: int) -> str:
+    """Where and how this compression computes, for a reader: "CPU, 2 threads"."""
+    on_cpu = device.type == "cpu"
+    name = "CPU" if on_cpu else torch.cuda.get_device_name(device)
+    parts = [name, *([f"{threads} thread{'s' * (threads != 1)}"] if on_cpu else [])]
+    return ", ".join(parts + ([f"{count()} processes"] if count() > 1 else []))
+
+
 def alone(verb: str) -> None:
     """Refuse to do in several processes what one does.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from compressor import compute
 from compressor.bench import Bench
 from compressor.deploy import Deployed
 from compressor.latency import DENSE, Timed, Timings
@@ -112,6 +113,7 @@ def make_report(
         artifacts=tuple(row for made in deployed for row in _artifact_rows(made, timings, device, directory)),
         baselines=tuple(_baseline(timed, original, deployed) for timed in timings.baselines),
         environment=environment,
+        computed_on=compute.place(bench.device, recipe.compute_threads),
         pictures=_pictures(bench, model),
         warnings=tuple(_warnings(recipe, stages, deployed, timings)),
     )

@@ -97,6 +97,7 @@ def report(tasks: int = 3, layers: int = 24, samples: int = 200, threads: tuple[
             for (engine, n), seen in timed.items()
         ),
         environment=MACHINE,
+        computed_on="CPU, 2 threads",
         pictures=tuple(_picture(scene, name) for scene in (1, 2) for name in names[:3]),
         warnings=("The load average rose from 0.12 to 1.9 while timing.",),
     )

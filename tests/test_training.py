@@ -544,6 +544,14 @@ def test_only_a_run_is_shared_by_processes(monkeypatch: pytest.MonkeyPatch, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_report_says_what_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [compute.place(compute.CPU, number) for number in (1, 2)] == ["CPU, 1 thread", "CPU, 2 threads"]
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert compute.place(compute.CPU, 1) == "CPU, 1 thread, 3 processes"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Model H")
+    assert compute.place(torch.device("cuda", 1), 1) == "Model H, 3 processes"
+
+
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert compute.join("auto") == compute.join("cpu") == torch.device("cpu")

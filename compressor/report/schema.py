@@ -312,6 +312,7 @@ class Report(Part):
         created: with its time zone.
         original: the dense multi-task network as it came.
         environment: of the machine that ran and measured; its moments lie before and after the timings.
+        computed_on: where trainings and scores were computed, and with how many threads and processes.
         warnings: what a reader must know before believing the rest.
     """
 
@@ -331,6 +332,7 @@ class Report(Part):
     artifacts: tuple[ArtifactResult, ...] = ()
     baselines: tuple[BaselineResult, ...] = ()
     environment: Environment
+    computed_on: str
     pictures: tuple[Picture, ...] = ()
     warnings: tuple[str, ...] = ()
 

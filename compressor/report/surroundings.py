@@ -9,7 +9,7 @@ from profiles.host import Environment
 
 
 def section(report: Report) -> Section:
-    return Section("Environment", (Facts(dict(_facts(report.environment))),))
+    return Section("Environment", (Facts({"Compressed on": report.computed_on} | dict(_facts(report.environment))),))
 
 
 def _facts(machine: Environment) -> Iterator[tuple[str, str]]:
