@@ -139,7 +139,7 @@ def test_training_begins_from_nothing_and_leaves_one_file(
 @needs_debian
 def test_the_checkpoint_is_small_and_good_on_unseen_items() -> None:
     file = Path(dataset.__file__).with_name("fashion.safetensors")
-    assert file.stat().st_size < 2e6
+    assert file.stat().st_size < 6e6
     workload = MultiFashion()
     net = workload.build().eval()
     net.load_state_dict(load_file(file), strict=True)

@@ -137,7 +137,7 @@ def test_without_scikit_image_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
 
 def test_the_checkpoint_is_small_and_restores_what_it_has_not_seen() -> None:
     file = Path(bundled.__file__).with_name("restoration.safetensors")
-    assert file.stat().st_size < 2e6
+    assert file.stat().st_size < 6e6
     restoration = Restoration()
     net = restoration.build().eval()
     net.load_state_dict(load_file(file), strict=True)
@@ -151,4 +151,4 @@ def test_the_checkpoint_is_small_and_restores_what_it_has_not_seen() -> None:
     assert all(gain_dB[name] > least for name, least in GAINS_DB.items()), gain_dB
 
 
-GAINS_DB = {"denoise15": 6.6, "denoise25": 8.8, "denoise50": 11.9, "deblock": 1.0, "upscale2": 1.4}
+GAINS_DB = {"denoise15": 6.7, "denoise25": 8.8, "denoise50": 12.1, "deblock": 1.0, "upscale2": 1.6}

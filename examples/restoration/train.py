@@ -1,9 +1,7 @@
 """Train the network from nothing: `python -m examples.restoration.train`, from the repository's root.
 
-About 7 minutes of one core that multiplies bfloat16 (AMX), 22 epochs: 31.37, 29.24 and 26.90 dB for noise of 15, 25 and
-50, 29.07 dB for JPEG and 31.19 dB for half the size; before restoration 24.69, 20.40, 14.91, 28.04 and 29.71 dB. The
-second fall of the learning rate gained 0.08 to 0.25 dB, so the network is near its plateau, not at it: hold a ticket
-that was trained longer against a network that was, too (more --steps).
+About 17 minutes of one core that multiplies bfloat16 (AMX), 40 epochs: 31.48, 29.31 and 27.11 dB for noise of 15, 25 and
+50, 29.18 dB for JPEG and 31.40 dB for half the size; before restoration 24.69, 20.40, 14.91, 28.04 and 29.71 dB.
 """
 
 import shutil
@@ -26,24 +24,18 @@ OUT = Path(__file__).with_name("restoration.safetensors")
 
 def main(
     out: Annotated[Path, typer.Option(help="Where the weights go.")] = OUT,
-    steps: Annotated[int, typer.Option(help="Batches of 8 crops before the restart; an epoch has 400.")] = 6000,
+    steps: Annotated[int, typer.Option(help="Batches of 8 crops; an epoch has 400.")] = 16000,
     learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> None:
-    """Train, and print PSNR before and after on other photographs; a run that was killed goes on where it was.
-
-    The learning rate falls to zero twice, the second time in half the steps.
-
-    Source: warm restarts, Loshchilov & Hutter, "SGDR", ICLR 2017.
-    """
+    """Train, and print PSNR before and after on other photographs; a run that was killed goes on where it was."""
     torch.manual_seed(seed)
     workload = Restoration()
     model = load_checkpoint(workload, None)
     unfinished = out.with_suffix(".unfinished")
     bench = Bench(workload, model, {}, 1, seed, Reporter(), checkpoints=unfinished)
-    for number, length in enumerate((steps, steps // 2)):
-        how = Training(steps=length, learning_rate=learning_rate, distill="never", precision="auto")
-        train(model, bench, how, f"train {number + 1}/2", seed + 1000 * number)
+    how = Training(steps=steps, learning_rate=learning_rate, distill="never", precision="auto")
+    train(model, bench, how, "train", seed)
     save_file({name: value.contiguous() for name, value in model.module.state_dict().items()}, out)
     shutil.rmtree(unfinished)
     degraded = workload.metrics()
