@@ -20,7 +20,7 @@ from compressor.errors import CompressError
 from compressor.masks import Pattern, Scope, count, keep_most, keep_n_of_m, pools_of, unanimous
 from compressor.model import MultiTaskModel, get_tensor
 from compressor.record import sizes_of
-from compressor.saliency import alive, by_tasks, magnitude, prunable
+from compressor.saliency import alive, by_layer, by_tasks, magnitude, prunable
 from compressor.stages.finetune import Finetune
 from compressor.stages.prune import Prune
 from compressor.stages.ticket import Ticket, rewind
@@ -153,6 +153,34 @@ def test_a_tasks_own_head_is_safe_from_the_others(model: MultiTaskModel, bench: 
     assert int(masks["mask.2.weight"].sum()) > 0 and int(masks["fused.weight"].sum()) > 0
     stage = ticket(keep_ratio=0.2, rounds=1, saliency="tasks", calibrate_batches=2)
     assert all(torch.equal(mask, masks[name]) for name, mask in stage.run(model, bench).masks.items())
+
+
+def test_a_share_of_its_layer_is_of_survivors_no_smaller(model: MultiTaskModel) -> None:
+    """Dead weights, however large, are worth nothing and count for nothing."""
+    name = "mask.2.weight"
+    weight = get_tensor(model.module, name)
+    mask = torch.zeros_like(weight, dtype=torch.bool).flatten()
+    mask[:3] = True
+    model.masks = {name: mask.view_as(weight)}
+    with torch.no_grad():
+        weight.fill_(100.0).flatten()[:3] = torch.tensor([-1.0, 3.0, 2.0])
+    found = by_layer(model, [name])[name].flatten()
+    torch.testing.assert_close(found[:3], torch.tensor([1 / 14, 9 / 9, 4 / 13]))
+    assert not bool(found[3:].any())
+
+
+def test_by_shares_of_layers_none_is_lost_and_each_keeps_its_largest(model: MultiTaskModel, bench: Bench) -> None:
+    with torch.no_grad():
+        model.module.fused.weight.mul_(1e-3)  # by magnitude it would go whole
+    names = prunable(model.module)
+    assert not bool(best(magnitude(model, names), alive(model, names), 0.1)["fused.weight"].any())
+    stage = ticket(keep_ratio=0.1, rounds=1, saliency="layers", train=Training(steps=0))
+    masks = stage.run(model, bench).masks
+    for name, mask in masks.items():
+        size = get_tensor(model.module, name).detach().abs()
+        assert bool(mask.any()) and float(size[mask].min()) >= float(size[~mask].max()), name
+    small, *_, large = sorted(masks.values(), key=Tensor.numel)
+    assert float(small.float().mean()) > float(large.float().mean())
 
 
 @pytest.mark.parametrize("text", ["", "4", "1x1", "4x2", "0:4", "4:2", "2:4x1", "x1", "free "])

@@ -17,12 +17,12 @@ from compressor.components import SHARED, components, left_by_component, names_o
 from compressor.errors import CompressError
 from compressor.masks import Pattern, Scope, Scores, count, keep_most, keep_n_of_m, pools_of
 from compressor.model import MultiTaskModel, get_tensor
-from compressor.saliency import Also, alive, by_tasks, magnitude, prunable
+from compressor.saliency import Also, alive, by_layer, by_tasks, magnitude, prunable
 from compressor.thresholds import learnt
 from compressor.training import Training, train
 from profiles.settings import Settings, did_you_mean
 
-Saliency = Literal["magnitude", "tasks", "learnt"]
+Saliency = Literal["magnitude", "layers", "tasks", "learnt"]
 
 SHARE_A_ROUND = 0.8  # of the survivors, where the budgets alone decide how many rounds there are
 
@@ -43,9 +43,10 @@ class Ticket(Settings):
         retries: when a round leaves a budget: so many densities are tried, each half way (geometrically) between the
             last that kept them all and the first that did not.
         scope: one threshold for the whole network, or the same share in every layer.
-        saliency: "magnitude" of the weight; "tasks": a weight goes when every task ranks it low by its own gradient
-            (DiSparse), measured on `calibrate_batches`; or "learnt": a training before each round finds a threshold for
-            each component (AdapMTL, `compressor/thresholds.py`).
+        saliency: "magnitude" of the weight; "layers": its share of what would be left of its layer (LAMP), so that
+            small layers are not the first to starve; "tasks": a weight goes when every task ranks it low by its own
+            gradient (DiSparse), measured on `calibrate_batches`; or "learnt": a training before each round finds a
+            threshold for each component (AdapMTL, `compressor/thresholds.py`).
         pattern: "free"; blocks of outputs that are kept or pruned together, such as "4x1", which the CPU's kernels run
             1.4 times as fast as scattered weights; or N of each M inputs, such as "2:4", which sets the ratio itself.
         prune_also: what is pruned beside the weights of convolutions and linear layers: their "bias", the "norm" layers
@@ -210,6 +211,8 @@ class Ticket(Settings):
         if self.saliency == "learnt":
             now = sum(int(mask.sum()) for mask in alive(model, names).values())
             return learnt(model, part, (now, left), bench, self.train, title, seed)
+        if self.saliency == "layers":
+            return by_layer(model, names)
         if self.saliency == "tasks":
             return by_tasks(model, names, bench, self.calibrate_batches)
         return magnitude(model, names)

@@ -1,7 +1,7 @@
 """Train the network from nothing: `python -m examples.restoration.train`, from the repository's root.
 
-About 17 minutes of one core that multiplies bfloat16 (AMX), 40 epochs: 31.48, 29.31 and 27.11 dB for noise of 15, 25 and
-50, 29.18 dB for JPEG and 31.40 dB for half the size; before restoration 24.69, 20.40, 14.91, 28.04 and 29.71 dB.
+About 17 minutes of one core that multiplies bfloat16 (AMX), 40 epochs: 31.48, 29.31 and 27.11 dB for noise of 15, 25
+and 50, 29.18 dB for JPEG and 31.40 dB for half the size; before restoration 24.69, 20.40, 14.91, 28.04 and 29.71 dB.
 """
 
 import shutil
