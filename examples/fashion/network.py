@@ -1,27 +1,30 @@
 """Hard sharing: a small residual trunk that both tasks read, and a head with one hidden layer for each."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from .dataset import CLASSES
 
-WIDTHS = (32, 64, 128)
+WIDTHS = (32, 64, 128, 256)
 HIDDEN = 128
 
 
 class FashionNet(nn.Module):
-    """(N, 1, 36, 36) grey float in [0, 1] -> {"left": (N, 10), "right": (N, 10)} logits; 0.35 million parameters."""
+    """(N, 1, 36, 36) grey float in [0, 1] -> {"left": (N, 10), "right": (N, 10)} logits; 1.29 million parameters."""
 
     def __init__(self) -> None:
         super().__init__()
-        first, second, third = WIDTHS
+        first, *_, last = WIDTHS
         self.stem = nn.Conv2d(1, first, 5, stride=2, padding=2, bias=False)
         self.norm = nn.BatchNorm2d(first)
-        self.stages = nn.Sequential(Residual(first, first), Residual(first, second, 2), Residual(second, third, 2))
+        narrowing = (Residual(inputs, outputs, 2) for inputs, outputs in pairwise(WIDTHS))
+        self.stages = nn.Sequential(Residual(first, first), *narrowing)
         self.heads = nn.ModuleDict(
             {
-                name: nn.Sequential(nn.Linear(third, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, len(CLASSES)))
+                name: nn.Sequential(nn.Linear(last, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, len(CLASSES)))
                 for name in ("left", "right")
             }
         )

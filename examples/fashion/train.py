@@ -1,8 +1,7 @@
 """Train the network from nothing: `python -m examples.fashion.train`, from the repository's root.
 
-About 10 minutes of one core that multiplies bfloat16 (AMX), 14 epochs: 91.4 % and 91.5 % on the test items. Longer
-training does not help: two epochs more, from a learning rate of 2e-3, end at 91.3 % both. The network knows 97 % of the
-training items by then.
+About 12 minutes of one core that multiplies bfloat16 (AMX), 14 epochs: 91.6 % on the test items for both tasks. The
+network knows 98 % of the training items by then.
 """
 
 import shutil
