@@ -47,8 +47,8 @@ class Prune(Settings):
             (`compressor/sequential.py`); "uniform" keeps the same share of every group.
         criterion: a name in CRITERIA.
         combine: how a channel's importance to each task becomes one number: each task's row is first scaled to sum 1
-            and weighed as its budget is tight (relative to its score), then "max" protects what any one task
-            needs, "sum" trades tasks against each other. "unanimous" takes each task's ranks instead, unweighed: a
+            and weighed by the root of how tight its budget is (relative to its score), then "max" protects what any one
+            task needs, "sum" trades tasks against each other. "unanimous" takes each task's ranks instead, unweighed: a
             channel goes when every task ranks it low (Sun et al., "DiSparse", CVPR 2022).
         batches: calibration batches that importance is measured on, and batch norm where nothing is recovered.
         slack: budgets are multiplied by this while pruning, since a later `finetune` wins much of the drop back.
@@ -271,14 +271,15 @@ def combine(score_TC: Tensor, tasks: list[str], bench: Bench, how: Combine) -> T
 
     Ranks, for "unanimous", run from 0 to 1 and are equal for equal scores.
 
-    A task weighs as its budget is tight, relative to its score. One without a budget weighs as one with a budget of
-    100 %. What a round has lost of a budget does not count: after a short recovery it says which metric is slow to
-    come back, not which task lacks channels.
+    A task weighs as its budget is tight relative to its score, by the square root: the first channels cost a task
+    little and the last ones much, so the share of its importance that it can spare grows slower than its budget. One
+    without a budget weighs as one with a budget of 100 %. What a round has lost of a budget does not count: after a
+    short recovery it says which metric is slow to come back, not which task lacks channels.
     """
     if how == "unanimous":
         return highest_rank(score_TC)
     scaled_TC = score_TC / score_TC.sum(1, keepdim=True).clamp_min(1e-30)
-    weight_T = torch.tensor([1 / _relative_budget(bench, task) for task in tasks])
+    weight_T = torch.tensor([_relative_budget(bench, task) ** -0.5 for task in tasks])
     scaled_TC = scaled_TC * (weight_T / weight_T.max())[:, None]
     return scaled_TC.max(0).values if how == "max" else scaled_TC.sum(0)
 
