@@ -88,6 +88,22 @@ def keep_most(
     return masks
 
 
+def shares(energy: Scores, alive: Scores, block: int = 1) -> dict[str, Tensor]:
+    """Each block's energy as a share of what would be left of its layer if all lesser ones went, by live weight.
+
+    The first block of every layer has all that is left of it, so that with such scores no layer is lost.
+    """
+    found = {}
+    for name, value in energy.items():
+        mean, size = _units(value, alive[name], block)
+        total = torch.where(size > 0, mean * size, 0.0).flatten()
+        order = mean.flatten().argsort(descending=True, stable=True)
+        total[order] = total[order] / total[order].cumsum(0).clamp_min(torch.finfo(total.dtype).tiny)
+        share = (total.view_as(mean) / size.clamp_min(1))[:, None].expand(-1, len(value) // len(mean), -1)
+        found[name] = torch.where(alive[name], share.reshape(value.shape), 0.0)
+    return found
+
+
 def keep_n_of_m(score: Scores, alive: Scores, n: int, of: int) -> dict[str, Tensor]:
     """Masks that keep the `n` highest scores of each `of` neighbouring inputs, among those alive.
 

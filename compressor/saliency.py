@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from compressor.bench import Bench
 from compressor.channels import Axis
 from compressor.criteria.gradients import by_task
-from compressor.masks import unanimous
+from compressor.masks import shares, unanimous
 from compressor.model import MultiTaskModel, get_tensor
 
 Also = Literal["bias", "norm", "other"]
@@ -43,20 +43,13 @@ def magnitude(model: MultiTaskModel, names: list[str]) -> dict[str, Tensor]:
     return {name: get_tensor(model.module, name).detach().abs() for name in names}
 
 
-def by_layer(model: MultiTaskModel, names: list[str]) -> dict[str, Tensor]:
-    """Squared weights as shares of what would be left of their layer: of the sum over survivors no smaller than they.
+def by_layer(model: MultiTaskModel, names: list[str], block: int) -> dict[str, Tensor]:
+    """Squared weights as shares of their layer, small layers' weights worth more than large ones' (LAMP).
 
-    The largest weight of every layer is worth 1, so that no layer is lost, and small layers keep more than large ones.
-
-    Source: Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning" (LAMP), ICLR 2021.
+    Source: Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", ICLR 2021.
     """
-    found = {}
-    for name, living in alive(model, names).items():
-        squared = get_tensor(model.module, name).detach().double().square() * living
-        ordered, order = squared.flatten().sort(descending=True, stable=True)
-        shares = ordered / ordered.cumsum(0).clamp_min(1e-300)
-        found[name] = torch.empty_like(shares).scatter_(0, order, shares).view_as(squared).float()
-    return found
+    squared = {name: get_tensor(model.module, name).detach().double().square() for name in names}
+    return shares(squared, alive(model, names), block)
 
 
 def by_tasks(model: MultiTaskModel, names: list[str], bench: Bench, batches: int) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from compressor.bench import Bench
 from compressor.channels import Axis
 from compressor.components import components, left_by_component, names_of_components
 from compressor.errors import CompressError
-from compressor.masks import Pattern, Scope, count, keep_most, keep_n_of_m, pools_of, unanimous
+from compressor.masks import Pattern, Scope, count, keep_most, keep_n_of_m, pools_of, shares, unanimous
 from compressor.model import MultiTaskModel, get_tensor
 from compressor.record import sizes_of
 from compressor.saliency import alive, by_layer, by_tasks, magnitude, prunable
@@ -164,9 +164,18 @@ def test_a_share_of_its_layer_is_of_survivors_no_smaller(model: MultiTaskModel) 
     model.masks = {name: mask.view_as(weight)}
     with torch.no_grad():
         weight.fill_(100.0).flatten()[:3] = torch.tensor([-1.0, 3.0, 2.0])
-    found = by_layer(model, [name])[name].flatten()
-    torch.testing.assert_close(found[:3], torch.tensor([1 / 14, 9 / 9, 4 / 13]))
+    found = by_layer(model, [name], 1)[name].flatten()
+    torch.testing.assert_close(found[:3], torch.tensor([1 / 14, 9 / 9, 4 / 13], dtype=torch.float64))
     assert not bool(found[3:].any())
+
+
+def test_a_block_has_its_share_of_a_layer_together() -> None:
+    """Two rows of a column are a block: energies of 16, 4, 8 and of a lone survivor's 2; of equal means the earlier."""
+    energy = torch.tensor([[10.0, 1.0], [6.0, 3.0], [4.0, 2.0], [4.0, 7.0]])
+    living = torch.tensor([[True, True], [True, True], [True, True], [True, False]])
+    found = shares({"a": energy}, {"a": living}, 2)["a"].tolist()
+    first, second, third, last = 16 / 16 / 2, 8 / 24 / 2, 4 / 28 / 2, 2 / 30
+    assert found == [pytest.approx(row) for row in ([first, third], [first, third], [second, last], [second, 0])]
 
 
 def test_by_shares_of_layers_none_is_lost_and_each_keeps_its_largest(model: MultiTaskModel, bench: Bench) -> None:
@@ -211,7 +220,7 @@ def test_survivors_start_each_round_bit_for_bit_at_the_rewind_weights(
     starts: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
     monkeypatch.setattr(module, "train", _recording(module.train, starts))
     bench.seed = 5
-    ticket(rewind=to).run(model, bench)
+    ticket(rewind=to, saliency="magnitude").run(model, bench)
     rewound = starts[0][1] if to == 2 else dict(model.module.state_dict())
     if to == "init":
         torch.manual_seed(5)
@@ -371,7 +380,7 @@ def test_each_component_keeps_its_own_share(model: MultiTaskModel, bench: Bench,
 
 
 def test_what_no_goal_names_stays_whole(model: MultiTaskModel, bench: Bench) -> None:
-    after = ticket(keep_ratio=None, keep={"mask": 0.2}, rounds=1).run(model, bench)
+    after = ticket(keep_ratio=None, keep={"mask": 0.2}, rounds=1, saliency="magnitude").run(model, bench)
     assert {name for name, mask in after.masks.items() if not bool(mask.all())} == {"mask.0.weight", "mask.2.weight"}
 
 

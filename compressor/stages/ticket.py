@@ -43,8 +43,8 @@ class Ticket(Settings):
         retries: when a round leaves a budget: so many densities are tried, each half way (geometrically) between the
             last that kept them all and the first that did not.
         scope: one threshold for the whole network, or the same share in every layer.
-        saliency: "magnitude" of the weight; "layers": its share of what would be left of its layer (LAMP), so that
-            small layers are not the first to starve; "tasks": a weight goes when every task ranks it low by its own
+        saliency: "layers": a weight's share of what would be left of its layer (LAMP), so that small layers are not the
+            first to starve; its "magnitude"; "tasks": a weight goes when every task ranks it low by its own
             gradient (DiSparse), measured on `calibrate_batches`; or "learnt": a training before each round finds a
             threshold for each component (AdapMTL, `compressor/thresholds.py`).
         pattern: "free"; blocks of outputs that are kept or pruned together, such as "4x1", which the CPU's kernels run
@@ -70,10 +70,10 @@ class Ticket(Settings):
     rounds: int = Field(ge=1, default=4)
     retries: int = Field(ge=0, default=2)
     scope: Scope = "global"
-    saliency: Saliency = "magnitude"
+    saliency: Saliency = "layers"
     pattern: str = "free"
     prune_also: tuple[Also, ...] = ()
-    rewind: str | int = "trained"
+    rewind: str | int = "none"
     train: Training
     slack: float = Field(ge=1, default=1.0)
     calibrate_batches: int = Field(ge=1, default=8)
@@ -212,7 +212,7 @@ class Ticket(Settings):
             now = sum(int(mask.sum()) for mask in alive(model, names).values())
             return learnt(model, part, (now, left), bench, self.train, title, seed)
         if self.saliency == "layers":
-            return by_layer(model, names)
+            return by_layer(model, names, Pattern.parse(self.pattern).block)
         if self.saliency == "tasks":
             return by_tasks(model, names, bench, self.calibrate_batches)
         return magnitude(model, names)
