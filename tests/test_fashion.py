@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from compressor.errors import CompressError
 from compressor.workload import Batch, Workload
 from examples.fashion import dataset, train
-from examples.fashion.dataset import CLASSES, overlap
+from examples.fashion.dataset import CLASSES, altered, overlap
 from examples.fashion.workload import MultiFashion
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -35,11 +35,11 @@ def root(tmp_path: Path) -> Path:
 
 
 def pairs(workload: MultiFashion, split: str, seed: int = 0) -> list[tuple[int, int]]:
-    """The items of each picture, read off the corners that only one of them covers; their labels are looked at too."""
+    """The items of each picture, read where one alone is, however it was moved; their labels are looked at too."""
     found = []
     for batch in workload.batches(split, seed):  # type: ignore[arg-type]
         grey = (batch.inputs[0][:, 0] * 255).round().int()
-        pair = grey[:, 0, 0], grey[:, -1, -1]
+        pair = grey[:, 4, 4], grey[:, -5, -5]
         assert torch.equal(batch.labels["left"], pair[0] % 10) and torch.equal(batch.labels["right"], pair[1] % 10)
         found += list(zip(*(items.tolist() for items in pair), strict=True))
     return found
@@ -54,6 +54,17 @@ def test_two_items_overlap_at_their_places_and_the_brighter_wins() -> None:
             covers = [item[:, at_y, at_x] for item, at_y, at_x in ((left, y, x), (right, y - 8, x - 8))
                       if 0 <= at_y < 28 and 0 <= at_x < 28]  # fmt: skip
             assert np.array_equal(picture[:, y, x], np.max(covers or [np.zeros(3)], axis=0))
+
+
+def test_an_altered_item_is_moved_by_up_to_two_pixels_and_mirrored_half_the_time() -> None:
+    picture = np.random.default_rng(0).integers(1, 256, (28, 28), dtype=np.uint8)
+    wide = np.pad(picture, 2)
+    moved = [wide[down : down + 28, along : along + 28] for down in range(5) for along in range(5)]
+    could_be = {item.tobytes(): (number, side) for number, one in enumerate(moved)
+                for side, item in enumerate((one, one[:, ::-1]))}  # fmt: skip
+    found = altered(np.repeat(picture[None], 2000, 0), np.random.default_rng(1))
+    kinds = [could_be[item.tobytes()] for item in found]
+    assert len(set(kinds)) == 50 and 900 < sum(side for _, side in kinds) < 1100
 
 
 def test_labels_are_of_the_items_at_either_place_and_every_item_is_seen_at_both(root: Path) -> None:

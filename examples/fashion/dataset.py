@@ -12,12 +12,13 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from compressor.errors import CompressError
 
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-ITEM, SIZE = 28, 36
+ITEM, SIZE, MOVES = 28, 36, 2
 PARTS = ("train", "t10k")
 
 Bytes = NDArray[np.uint8]
@@ -51,6 +52,15 @@ def items(root: Path, part: str) -> tuple[Bytes, Bytes]:
             f"needed are (n, {ITEM}, {ITEM}) and (n,), with classes below {len(CLASSES)}."
         )
     return pictures, classes
+
+
+def altered(pictures: Bytes, rng: np.random.Generator) -> Bytes:
+    """(n, 28, 28) -> the same shape: each moved by up to two pixels either way, and mirrored at even odds."""
+    count = len(pictures)
+    padded = np.pad(pictures, ((0, 0), (MOVES, MOVES), (MOVES, MOVES)))
+    down, along = rng.integers(2 * MOVES + 1, size=(2, count))
+    moved: Bytes = sliding_window_view(padded, (ITEM, ITEM), axis=(1, 2))[np.arange(count), down, along]
+    return np.where((rng.random(count) < 0.5)[:, None, None], moved[:, :, ::-1], moved)
 
 
 def overlap(left: Bytes, right: Bytes) -> Bytes:

@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from compressor.workload import Batch, Split, Task
 
-from .dataset import CLASSES, SIZE, check, items, overlap
+from .dataset import CLASSES, SIZE, altered, check, items, overlap
 from .network import FashionNet
 
 CALIBRATE_EVERY = 12
@@ -23,8 +23,8 @@ CALIBRATE_EVERY = 12
 class MultiFashion:
     """The classes of the upper left ("left") and of the lower right item ("right"), read from the folder `root`.
 
-    An item is left once and right once in an epoch, in pairs that the seed draws; those of "calibrate" and "validate"
-    are the same whatever the seed.
+    An item is left once and right once in an epoch, in pairs that the seed draws, mirrored or not and moved a little;
+    those of "calibrate" and "validate" are as they come, and the same whatever the seed.
 
     Raises:
         CompressError: `root` lacks Fashion-MNIST's files.
@@ -53,7 +53,8 @@ class MultiFashion:
         end = len(rows) - len(rows) % self.batch_size if split == "train" else len(rows)
         for first in range(0, end, self.batch_size):
             pair = [chosen[first : first + self.batch_size] for chosen in (left, right)]
-            picture = overlap(*(pictures[chosen] for chosen in pair))
+            drawn = [pictures[chosen] for chosen in pair]
+            picture = overlap(*([altered(one, rng) for one in drawn] if split == "train" else drawn))
             labels = {
                 task.name: torch.from_numpy(classes[chosen].astype(np.int64))
                 for task, chosen in zip(self.tasks, pair, strict=True)
