@@ -1,4 +1,4 @@
-"""Averages that a training ends with: of its weights (EMA), and of batch norm's statistics over its last steps."""
+"""Averages that a training hands back: of its weights (EMA), and of batch norm's statistics over the steps before."""
 
 import torch
 from torch import Tensor, nn
@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from compressor.bench import running_norms
 
 SETTLING_SHARE, SETTLING_STEPS = 0.1, 20
-"""The last steps of a training (this share of them, and no fewer than this number), in which weights hardly move any
-more: batch norm's running statistics become the plain average over them. The usual exponential average sees about
+"""The last steps of a training, or of those between two checks (this share of them, and no fewer than this number):
+batch norm's running statistics become the plain average over them. The usual exponential average sees about
 twenty batches, too few for layers whose pictures are only a few pixels large, and scores then depend on which batches
 came last (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3)."""
 
@@ -35,28 +35,37 @@ class Average:
             for name, mean in self._means.items():
                 mean.lerp_(self._weights[name], share)
 
-    def write(self, module: nn.Module) -> None:
-        """Put the averages in the place of a module's weights."""
+    def write(self, module: nn.Module) -> bool:
+        """Put the averages in the place of a module's weights; whether there are any."""
         with torch.no_grad():
             for name, mean in self._means.items():
                 module.get_parameter(name).copy_(mean)
+        return bool(self._means)
 
 
 class Settling:
-    """Batch norm's momentum through a training: its own at first, a plain average's over the last steps."""
+    """Batch norm's momentum in a training: a plain average's before the end and before each check, else its own."""
 
-    def __init__(self, module: nn.Module, steps: int) -> None:
+    def __init__(self, module: nn.Module, steps: int, check_every: int) -> None:
         self._norms = running_norms(module)
         self._momenta = [norm.momentum for norm in self._norms]
-        self._from = max(0, steps - max(SETTLING_STEPS, round(SETTLING_SHARE * steps)))
+        self._every = check_every or max(1, steps)
+        last_check = (steps - 1) // self._every * self._every
+        start = max(0, steps - _length(steps))
+        self._last = start if last_check <= start else start // self._every * self._every  # no check in its middle
 
     def before(self, step: int) -> None:
         """What holds in step 0, 1, ..."""
-        if step >= self._from:
-            for norm in self._norms:
-                norm.momentum = 1 / (step - self._from + 1)
+        done = step // self._every * self._every
+        start = self._last if step >= self._last else max(done, done + self._every - _length(self._every))
+        for norm, own in zip(self._norms, self._momenta, strict=True):
+            norm.momentum = 1 / (step - start + 1) if step >= start else own
 
     def end(self) -> None:
         """Give every batch norm its own momentum back."""
         for norm, momentum in zip(self._norms, self._momenta, strict=True):
             norm.momentum = momentum
+
+
+def _length(steps: int) -> int:
+    return max(SETTLING_STEPS, round(SETTLING_SHARE * steps))

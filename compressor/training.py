@@ -84,9 +84,9 @@ def train(
 ) -> dict[str, Tensor] | None:
     """Train in place, on the bench's device, masks held; returns the state after `snapshot` steps when asked for.
 
-    Batch norm's running statistics are averages over the last steps, or over batches of the calibrate split where other
-    weights than the last are handed back. A training that was killed goes on at its last checkpoint, where the bench
-    has a place for them, and ends as if nothing had happened.
+    Batch norm's running statistics are averages over the last steps before the state that is handed back, or over as
+    many batches of the train split where that is an average of weights. A training that was killed goes on at its last
+    checkpoint, where the bench has a place for them, and ends as if nothing had happened.
 
     Raises:
         CompressError: the loss is not finite, a batch offers nothing to learn, a loss weight is for no known task, or
@@ -122,7 +122,7 @@ def _train(
         fused=True,
     )
     held = [(p, model.masks[name].to(p.device)) for name, p in module.named_parameters() if name in model.masks]
-    average, settling = Average(module, how.ema), Settling(module, how.steps)
+    average, settling = Average(module, how.ema), Settling(module, how.steps, how.check_every)
     watch = Watch(model, bench, how.steps, how.check_every, how.stop_at_margin, how.patience)
     saved = _snapshot(model) if snapshot is not None else {}
     others = {f"snapshot.{name}": value for name, value in saved.items()}
@@ -159,7 +159,7 @@ def _train(
         last = step + 1 == how.steps
         if watch.due(step + 1):
             candidate = model.clone()
-            _finish(candidate, average, bench, settled=last and not how.ema)
+            _finish(candidate, average, bench)
             weighting.follow(watch.look(candidate, step + 1, may_stop=step + 1 >= (snapshot or 0)))
         checkpoint.keep(step + 1, model, optimiser, others, last=last or watch.over)
         if watch.over:
@@ -168,15 +168,18 @@ def _train(
     if how.check_every:
         watch.end(model, title)
     else:
-        _finish(model, average, bench, settled=not how.ema)
+        _finish(model, average, bench)
     return saved or None
 
 
-def _finish(model: MultiTaskModel, average: Average, bench: Bench, settled: bool) -> None:
-    """Make of a model in training what would be handed back: average weights, and batch norm to go with them."""
-    average.write(model.module)
-    if not settled:
-        reestimate_batchnorm(model.module, bench.calibration(SETTLING_STEPS), bench.device)
+def _finish(model: MultiTaskModel, average: Average, bench: Bench) -> None:
+    """Make of a model in training what would be handed back: average weights, and batch norm to go with them.
+
+    Batches of "train", since weights are used to how those are altered, and "calibrate" may be a few like pictures.
+    """
+    if average.write(model.module):
+        batches = list(islice(bench.workload.batches("train", bench.seed), SETTLING_STEPS))
+        reestimate_batchnorm(model.module, batches, bench.device)
 
 
 def _lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:

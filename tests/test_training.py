@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,25 @@ def test_training_leaves_batch_norm_at_plain_averages_over_its_last_steps(
     assert len(seen) == 30
     assert torch.allclose(model.module.stem[1].running_mean, torch.stack(seen[-20:]).mean(0), atol=1e-5)
     assert model.module.stem[1].momentum == trained.module.stem[1].momentum
+
+
+def test_each_check_sees_batch_norm_at_plain_averages_over_the_steps_before_it(
+    trained: MultiTaskModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No average reaches back over a check; the last is of all steps since one, where it would have a check inside."""
+    bench = tiny.bench(trained, tmp_path, size=0.05)
+    model, seen, means = trained.clone(), [], []
+    model.module.stem[0].register_forward_hook(lambda _, __, out: seen.append(out.detach().mean((0, 2, 3))))
+
+    def scores(candidate: MultiTaskModel) -> dict[str, float]:
+        means.append(candidate.module.stem[1].running_mean.clone())
+        return dict(bench.before)
+
+    monkeypatch.setattr(bench, "scores", scores)
+    train(model, bench, Training(steps=85, learning_rate=1e-12, check_every=25), "settle", 0)
+    assert len(seen) == 85
+    for mean, first, done in zip(means, (5, 30, 50, 50), (25, 50, 75, 85), strict=True):
+        assert torch.allclose(mean, torch.stack(seen[first:done]).mean(0), atol=1e-5), done
 
 
 def test_batch_norm_that_keeps_no_statistics_is_left_alone(bench: Bench) -> None:
@@ -382,7 +402,7 @@ def test_average_weights_keep_masks_and_get_batch_norm_of_their_own(trained: Mul
     assert bool((model.module.down[0].weight[~mask] == 0).all())
     assert not torch.equal(model.module.down[0].weight, plain.module.down[0].weight)
     again = model.clone()
-    reestimate_batchnorm(again.module, bench.calibration(20))
+    reestimate_batchnorm(again.module, list(islice(bench.workload.batches("train", bench.seed), 20)))
     assert torch.allclose(again.module.down[1].running_mean, model.module.down[1].running_mean, atol=1e-5)
     assert not model.module.training
 
