@@ -1,7 +1,7 @@
 """Train the network from nothing: `python -m examples.fashion.train`, from the repository's root.
 
-About 12 minutes of one core that multiplies bfloat16 (AMX), 14 epochs: 91.6 % on the test items for both tasks. The
-network knows 98 % of the training items by then.
+About 12 minutes of one core that multiplies bfloat16 (AMX), 14 epochs: 91.9 % and 91.0 % on the test items, 92.1 % and
+91.5 % on altered training items, so longer training still gains.
 """
 
 import shutil
