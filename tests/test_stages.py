@@ -287,6 +287,17 @@ def test_a_tighter_budget_weighs_more(model: MultiTaskModel, tmp_path: Path) -> 
     assert value.tolist() == pytest.approx([0.1**0.5, 1.0, 0.1**0.5])
 
 
+def test_a_weight_is_a_factor_beside_the_budgets(model: MultiTaskModel, tmp_path: Path) -> None:
+    bench = tiny.bench(model, tmp_path, kind="1 %", size="1 %")
+    value = combine(torch.eye(2), ["kind", "size"], bench, "max", {"size": 4.0})
+    assert value.tolist() == pytest.approx([0.25, 1.0])
+    stage = prune(macs=0.5, weights={"siez": 2.0})
+    with pytest.raises(CompressError, match=r"weights: no task 'siez'\. Did you mean 'size'"):
+        stage.run(model, bench)
+    with pytest.raises(ValueError, match="greater than 0"):
+        prune(macs=0.5, weights={"size": 0.0})
+
+
 def test_a_task_that_needs_nothing_is_no_division_by_zero(bench: Bench) -> None:
     assert combine(torch.zeros(2, 3), ["kind", "size"], bench, "max").tolist() == [0, 0, 0]
 

@@ -50,6 +50,8 @@ class Prune(Settings):
             and weighed by the root of how tight its budget is (relative to its score), then "max" protects what any one
             task needs, "sum" trades tasks against each other. "unanimous" takes each task's ranks instead, unweighed: a
             channel goes when every task ranks it low (Sun et al., "DiSparse", CVPR 2022).
+        weights: a factor for each task's importance beside what its budget says; 1 where none is given. For a task of
+            which training wins little back.
         batches: calibration batches that importance is measured on, and batch norm where nothing is recovered.
         slack: budgets are multiplied by this while pruning, since a later `finetune` wins much of the drop back.
         keep_at_least: no group goes below this fraction of the width it came with.
@@ -68,6 +70,7 @@ class Prune(Settings):
     search: Search = "value"
     criterion: str = "taylor"
     combine: Combine = "max"
+    weights: Mapping[str, Annotated[float, Field(gt=0)]] = {}
     batches: int = Field(ge=1, default=16)
     slack: float = Field(ge=1, default=1.0)
     keep_at_least: float = Field(ge=0, le=1, default=0.1)
@@ -88,6 +91,9 @@ class Prune(Settings):
 
     def run(self, model: MultiTaskModel, bench: Bench) -> MultiTaskModel:
         """The furthest point towards the goal at which every task is inside its (slackened) budget."""
+        names = [task.name for task in model.tasks]
+        if unknown := sorted(set(self.weights) - set(names)):
+            raise CompressError(f"weights: no task '{unknown[0]}'.{did_you_mean(unknown[0], names)}")
         if self.round_to == "measured":
             return self._rounded(model, bench).run(model, bench)
         for operator, layers in left_whole(Prunable.of(model).channels).items():
@@ -224,7 +230,7 @@ class Prune(Settings):
         """A copy cut to the goal, shown to answer as the uncut network does with the same channels zeroed."""
         prunable = Prunable.of(model)
         score_TC = CRITERIA[self.criterion](model, prunable, bench, self.batches)
-        value_C = combine(score_TC, [task.name for task in model.tasks], bench, self.combine)
+        value_C = combine(score_TC, [task.name for task in model.tasks], bench, self.combine, self.weights)
         groups, stopped = list(prunable.groups), dict[str, str]()
         while True:
             given = prunable, groups, value_C, goal, multiple, floors
@@ -266,7 +272,9 @@ class _Shrunk:
         return max(self.groups, key=lambda g: float(row_C[g.classes[~self.keep[g.classes]]].sum())).name
 
 
-def combine(score_TC: Tensor, tasks: list[str], bench: Bench, how: Combine) -> Tensor:
+def combine(
+    score_TC: Tensor, tasks: list[str], bench: Bench, how: Combine, weights: Mapping[str, float] = {}
+) -> Tensor:
     """(class,) one value a channel from one row a task: rows sum to 1, then weigh as their tasks need protection.
 
     Ranks, for "unanimous", run from 0 to 1 and are equal for equal scores.
@@ -274,12 +282,13 @@ def combine(score_TC: Tensor, tasks: list[str], bench: Bench, how: Combine) -> T
     A task weighs as its budget is tight relative to its score, by the square root: the first channels cost a task
     little and the last ones much, so the share of its importance that it can spare grows slower than its budget. One
     without a budget weighs as one with a budget of 100 %. What a round has lost of a budget does not count: after a
-    short recovery it says which metric is slow to come back, not which task lacks channels.
+    short recovery it says which metric is slow to come back, not which task lacks channels. `weights` are factors
+    beside that.
     """
     if how == "unanimous":
         return highest_rank(score_TC)
     scaled_TC = score_TC / score_TC.sum(1, keepdim=True).clamp_min(1e-30)
-    weight_T = torch.tensor([_relative_budget(bench, task) ** -0.5 for task in tasks])
+    weight_T = torch.tensor([weights.get(task, 1.0) * _relative_budget(bench, task) ** -0.5 for task in tasks])
     scaled_TC = scaled_TC * (weight_T / weight_T.max())[:, None]
     return scaled_TC.max(0).values if how == "max" else scaled_TC.sum(0)
 
