@@ -296,6 +296,8 @@ def test_a_weight_is_a_factor_beside_the_budgets(model: MultiTaskModel, tmp_path
         stage.run(model, bench)
     with pytest.raises(ValueError, match="greater than 0"):
         prune(macs=0.5, weights={"size": 0.0})
+    with pytest.raises(ValueError, match="leave 'weights' out"):
+        prune(macs=0.5, weights={"size": 2.0}, combine="unanimous")
 
 
 def test_a_task_that_needs_nothing_is_no_division_by_zero(bench: Bench) -> None:

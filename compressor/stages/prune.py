@@ -83,6 +83,8 @@ class Prune(Settings):
             raise ValueError("a goal is missing: give 'macs', 'parameters' or 'latency', as the fraction to keep")
         if self.criterion not in CRITERIA:
             raise ValueError(f"no criterion '{self.criterion}'.{did_you_mean(self.criterion, CRITERIA)}")
+        if self.weights and self.combine == "unanimous":
+            raise ValueError("combine 'unanimous' goes by ranks, which no factor changes; leave 'weights' out")
         return self
 
     @property
