@@ -68,4 +68,5 @@ class Settling:
 
 
 def _length(steps: int) -> int:
+    """How many of so many steps are averaged over."""
     return max(SETTLING_STEPS, round(SETTLING_SHARE * steps))

@@ -89,9 +89,11 @@ def keep_most(
 
 
 def shares(energy: Scores, alive: Scores, block: int = 1) -> dict[str, Tensor]:
-    """Each block's energy as a share of what would be left of its layer if all lesser ones went, by live weight.
+    """Scores that can be compared between layers, of the energies' shapes: a block's energy, summed over its live
+    weights, as a share of what would be left of its layer if every lesser block went; then divided by their number.
 
-    The first block of every layer has all that is left of it, so that with such scores no layer is lost.
+    The first block of a layer has all that is left of it, and what is not alive scores 0. A layer whose outputs are no
+    multiple of the block has blocks of one.
     """
     found = {}
     for name, value in energy.items():

@@ -153,7 +153,7 @@ class Ticket(Settings):
             seed = bench.seed + turn
             score = self._score(trained, part, sum(left), bench, f"{title}, thresholds", seed)
             masks = course.masks(score, alive(trained, names), left)
-            candidate = rewind(trained, rewound or trained.module.state_dict(), masks)
+            candidate = rewind(trained, trained.module.state_dict() if rewound is None else rewound, masks)
             if self.train.steps:
                 train(candidate, bench, self.train, title, seed)
             else:
