@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import islice
 from pathlib import Path
 
 import fake_report
@@ -18,7 +19,7 @@ from compressor.errors import CompressError
 from compressor.report import SECTIONS, pictures, read, render, write
 from compressor.report.numbers import MINUS, NONE, change, count, listed, number, percent, percentile, seconds, size
 from compressor.report.schema import SCHEMA, ArtifactResult, Latency, Part, Report, TaskResult
-from compressor.report.tradeoff import _owners
+from compressor.report.tradeoff import _looks, _owners
 from profiles.measure import Emulated, Estimate, Measurement
 
 VOID = {"meta", "img", "br", "link"}
@@ -189,6 +190,10 @@ def test_an_engine_that_runs_a_compressed_graph_stands_at_the_compressed_score()
     scores = [(owner, score) for _, owner, score in _owners(report, task)]
     assert (own, task.after) in scores and (report.baselines[1], task.before) in scores
     assert task.after != task.before
+
+
+def test_no_two_of_a_dozen_series_look_alike() -> None:
+    assert len(set(islice(_looks(), 12))) == 12
 
 
 def test_the_verdict_names_what_is_beyond_budget() -> None:

@@ -1,6 +1,7 @@
 """Each task's accuracy against the latency of whatever answers it."""
 
 from collections.abc import Iterator
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from compressor.report.blocks import Drawing, Section
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS = 3
-MARKERS = "osDhp8"  # shapes with room for a digit
+MARKERS = "osDhp"  # shapes with room for a digit
 OWN, SHARED = "artifact of this task", "artifact of several tasks"
 
 Owner = ArtifactResult | BaselineResult
@@ -23,7 +24,7 @@ def section(report: Report) -> Section | None:
     if not plotted:
         return None
     names = [OWN, SHARED, *dict.fromkeys(baseline.name for baseline in report.baselines)]
-    colours = {name: (SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
+    looks = dict(zip(names, _looks(), strict=False))
     caption = (
         "Up is better in every panel, left is faster. A mark is the median latency of one inference, its digit the"
         " number of threads. Filled marks were measured, hollow ones emulated or estimated."
@@ -33,7 +34,7 @@ def section(report: Report) -> Section | None:
     with styled():
         figure, axes = panels(2.5 * rows + 0.6, rows, columns)
         for panel, (task, owners) in zip(axes, plotted, strict=False):
-            _draw(panel, task, owners, colours)
+            _draw(panel, task, owners, looks)
         for panel in axes[len(plotted) :]:
             panel.set_axis_off()
         handles = {label: mark for a in axes for mark, label in zip(*a.get_legend_handles_labels(), strict=True)}
@@ -53,14 +54,19 @@ def _owners(report: Report, task: TaskResult) -> Iterator[tuple[str, Owner, floa
             yield baseline.name, baseline, score
 
 
+def _looks() -> Iterator[tuple[str, str]]:
+    """Colours and markers; as there are six of these and five of those, thirty pairs come before one comes again."""
+    return zip(cycle(SERIES), cycle(MARKERS), strict=False)
+
+
 def _draw(
-    axes: "Axes", task: TaskResult, owners: list[tuple[str, Owner, float]], colours: dict[str, tuple[str, str]]
+    axes: "Axes", task: TaskResult, owners: list[tuple[str, Owner, float]], looks: dict[str, tuple[str, str]]
 ) -> None:
     xs, ys = [], [score for _, _, score in owners]
     for name, owner, score in owners:
         if owner.latency_ms is None:
             continue
-        colour, marker = colours[name]
+        colour, marker = looks[name]
         xs.append(owner.latency_ms.p50)
         measured = owner.latency_ms.kind == "measured"
         face, edge = (colour, PAPER) if measured else (PAPER, colour)
