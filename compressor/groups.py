@@ -103,10 +103,11 @@ class Prunable:
             try:
                 with torch.no_grad():
                     smaller.answers(*model.inputs)
-                gap = difference(zeroed, trace(smaller), model.inputs)
+                traced = trace(smaller)
             except Exception as error:  # noqa: BLE001 - the user's own code raises what it likes
                 faults.append(f"The network's code fixes a size that the cut changes: {error}")
                 continue
+            gap = difference(zeroed, traced, model.inputs)
             if gap <= EXACT:
                 return smaller
             faults.append(
