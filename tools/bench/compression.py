@@ -34,6 +34,7 @@ from compressor.trace import trace
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES, RESULTS = Path(__file__).parent / "recipes", ROOT / "docs" / "results"
 LATENCIES = 0.6, 0.4
+SWEEPS = 2  # loader passes that a question of ours is counted as: batch norm anew, then scores; as published it is one
 
 Found = dict[str, Any]
 
@@ -135,8 +136,8 @@ def rows_of(name: str, found: dict[str, list[Found]]) -> list[Row]:
         if case == SEQUENTIAL:
             rows.append(Row("questions a group", name, case, 0, _asked(runs) / _asked(runs, 1), 5.0, most=True))
         if case == SEQUENTIAL and PUBLISHED in found:
-            fewer = _asked(found[PUBLISHED]) / _asked(runs)
-            rows.append(Row("questions of PAGCP as published over ours", name, case, 0, fewer, 3.0, most=False))
+            fewer = _asked(found[PUBLISHED]) / (SWEEPS * _asked(runs))
+            rows.append(Row("passes of PAGCP as published over ours", name, case, 0, fewer, 3.0, most=False))
             ahead = worst(study, found[PUBLISHED]) - worst(study, runs)
             rows.append(Row("worst drop of PAGCP as published, less ours", name, case, 0, ahead, 0.0, most=False))
         if case not in (OURS, LONGER) and OURS in found:
@@ -186,7 +187,8 @@ def table(name: str, found: dict[str, list[Found]]) -> str:
     every = [(case, one["seed"], note) for case, runs in found.items() for one in runs for note in one["notes"]]
     notes = [f"- {case}, seed {seed}: {note}" for case, seed, note in every]
     notes += [
-        f"- {case}: {_asked(runs)} questions to cut networks about {_asked(runs, 1)} groups, over all searches"
+        f"- {case}: {_asked(runs)} questions to cut networks about {_asked(runs, 1)} groups, over all searches; "
+        f"a question is {'one pass' if case == PUBLISHED else f'{SWEEPS} passes'} over a loader"
         for case, runs in found.items() if any(one["asked"] for one in runs)
     ]
     return "\n".join([*lines, "", *notes]).rstrip() + "\n"
