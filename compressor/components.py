@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from compressor.model import MultiTaskModel, get_tensor
+from compressor.graph import tensor_of
+from compressor.model import MultiTaskModel
 from compressor.pathway import reach
 
 SHARED = "shared"
@@ -25,7 +26,7 @@ def components(model: MultiTaskModel, names: Sequence[str], block: int = 1) -> d
     readers = reach(model).values()
     found = {}
     for name in names:
-        shape = get_tensor(model.module, name).shape
+        shape = tensor_of(model.module, name).shape
         read_T = torch.stack([read.get(name, torch.zeros(shape, dtype=torch.bool)) for read in readers])
         part = torch.where(read_T.sum(0) == 1, 1 + read_T.int().argmax(0), 0)
         if shape[0] % block == 0:

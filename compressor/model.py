@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from compressor.attributes import set_attributes
 from compressor.channels import Axis
 from compressor.errors import CompressError
 from compressor.graph import tensor_of
-from compressor.workload import Task, Workload
-from profiles.settings import did_you_mean
+from compressor.tensors import names_of, refit, set_groups, set_tensor
+from compressor.workload import Task, Workload, answers
 
 WEIGHTS, SURGERY, MASKS = "weights.safetensors", "surgery.json", "masks.safetensors"
 SCHEMA = "taskpress.surgery/1"
@@ -60,11 +60,11 @@ class MultiTaskModel:
             CompressError: indices that are no such list; nothing is cut then.
         """
         for axis, indices in keep.items():
-            _check_indices(axis, indices.tolist(), get_tensor(self.module, axis.tensor).shape)
-        _set_groups(self.module, keep)
+            _check_indices(axis, indices.tolist(), tensor_of(self.module, axis.tensor).shape)
+        set_groups(self.module, keep)
         names = {name: group for group in names_of(self.module) for name in group}
         for axis, indices in keep.items():
-            old = get_tensor(self.module, axis.tensor)
+            old = tensor_of(self.module, axis.tensor)
             if len(indices) == old.shape[axis.dim]:
                 continue
             set_tensor(self.module, axis.tensor, old.index_select(axis.dim, indices.to(old.device)))
@@ -128,46 +128,6 @@ def _read_surgery(path: Path) -> tuple[dict[Axis, Tensor], dict[str, int]]:
         raise CompressError(f"There is no saved model in {path.parent}: {error}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CompressError(f"{path} is not a surgery record ({type(error).__name__}: {error}).") from error
-
-
-def answers(raw: object, tasks: Iterable[Task]) -> dict[str, Tensor]:
-    """Cut what forward returned into one tensor for each task.
-
-    Raises:
-        CompressError: an output is missing, is not a tensor, or has fewer channels than a task says.
-    """
-    found = {}
-    for task in tasks:
-        output = _pick(raw, task)
-        if task.channels is not None:
-            first, last = task.channels
-            if output.dim() < 2 or not 0 <= first < last <= output.shape[1]:
-                raise CompressError(
-                    f"Task '{task.name}' is channels {first}:{last} of output {task.output!r}, "
-                    f"whose shape is {tuple(output.shape)}."
-                )
-            output = output[:, first:last]
-        found[task.name] = output
-    return found
-
-
-def _pick(raw: object, task: Task) -> Tensor:
-    if isinstance(raw, Tensor):
-        raw = (raw,)
-    if isinstance(raw, Mapping):
-        found = raw.get(task.output)
-        names = [str(key) for key in raw]
-    elif isinstance(raw, tuple | list):
-        known = isinstance(task.output, int) and 0 <= task.output < len(raw)
-        found = raw[int(task.output)] if known else None
-        names = [str(k) for k in range(len(raw))]
-    else:
-        raise CompressError(f"The network returns a {type(raw).__name__}; a tensor, a tuple or a dict is needed.")
-    if not isinstance(found, Tensor):
-        what = "is not among the network's outputs" if found is None else f"is a {type(found).__name__}, not a tensor"
-        hint = did_you_mean(str(task.output), names)
-        raise CompressError(f"Task '{task.name}': output {task.output!r} {what}.{hint}")
-    return found
 
 
 def load_checkpoint(workload: Workload, checkpoint: Path | None) -> MultiTaskModel:
@@ -250,64 +210,3 @@ def some(names: Sequence[str], most: int = 5) -> str:
     """The first names of a list, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-# --- tensors by name, and module attributes that repeat a tensor's shape
-
-
-def get_tensor(module: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer (or plain tensor attribute) by its dotted name."""
-    return tensor_of(module, name)
-
-
-def names_of(module: nn.Module) -> list[list[str]]:
-    """The names of each parameter and buffer; more than one where the module shares it."""
-    names: dict[int, list[str]] = {}
-    held = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    for name, tensor in held:
-        names.setdefault(id(tensor), []).append(name)
-    return list(names.values())
-
-
-def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a parameter or buffer under every name that the module has for it."""
-    old = get_tensor(module, name)
-    value = value.detach().clone()
-    new = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
-    for owner in module.modules():
-        for held in (owner._parameters, owner._buffers):
-            for key, tensor in list(held.items()):
-                if tensor is old:
-                    held[key] = new  # type: ignore[assignment]
-
-
-def _set_groups(module: nn.Module, keep: Mapping[Axis, Tensor]) -> None:
-    """Give grouped convolutions and group norms the groups of which a cut leaves anything."""
-    rows = {id(get_tensor(module, axis.tensor)): indices for axis, indices in keep.items() if axis.dim == 0}
-    for layer in module.modules():
-        if isinstance(layer, nn.modules.conv._ConvNd) and id(layer.weight) in rows:
-            each = layer.weight.shape[0] // layer.groups
-            layer.groups = len(torch.unique(rows[id(layer.weight)] // each))
-        elif isinstance(layer, nn.GroupNorm) and id(layer.weight) in rows:
-            each = layer.num_channels // layer.num_groups
-            layer.num_groups = len(torch.unique(rows[id(layer.weight)] // each))
-
-
-def refit(module: nn.Module) -> None:
-    """Set the attributes that layers keep about their shapes to what their tensors say."""
-    for layer in module.modules():
-        if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-            layer.in_channels, layer.out_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
-        elif isinstance(layer, nn.modules.conv._ConvNd):
-            layer.out_channels, layer.in_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
-        elif isinstance(layer, nn.Linear):
-            layer.out_features, layer.in_features = layer.weight.shape
-        elif isinstance(layer, nn.modules.batchnorm._NormBase):
-            size = layer.weight if layer.weight is not None else layer.running_mean
-            layer.num_features = len(size) if size is not None else layer.num_features
-        elif isinstance(layer, nn.GroupNorm):
-            layer.num_channels = len(layer.weight) if layer.weight is not None else layer.num_channels
-        elif isinstance(layer, nn.PReLU):
-            layer.num_parameters = len(layer.weight)
-        elif isinstance(layer, nn.Embedding):
-            layer.embedding_dim = layer.weight.shape[1]

@@ -12,8 +12,9 @@ import torch
 from compressor import compute
 from compressor.bench import Bench
 from compressor.deploy import Deployed
+from compressor.graph import tensor_of
 from compressor.latency import DENSE, Timed, Timings
-from compressor.model import MultiTaskModel, get_tensor
+from compressor.model import MultiTaskModel
 from compressor.pathway import count_macs
 from compressor.recipe import Recipe
 from compressor.report.pictures import png
@@ -131,7 +132,7 @@ def _layers(original: MultiTaskModel, model: MultiTaskModel) -> tuple[LayerResul
         if weight is None or weight.dim() < 2:
             continue
         side = 1 if isinstance(layer, torch.nn.modules.conv._ConvTransposeNd) else 0
-        was = get_tensor(original.module, f"{name}.weight".lstrip("."))
+        was = tensor_of(original.module, f"{name}.weight".lstrip("."))
         rows.append(
             LayerResult(
                 name=name,

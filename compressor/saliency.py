@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from compressor.bench import Bench
 from compressor.channels import Axis
 from compressor.criteria.gradients import by_task
+from compressor.graph import tensor_of
 from compressor.masks import shares, unanimous
-from compressor.model import MultiTaskModel, get_tensor
+from compressor.model import MultiTaskModel
 
 Also = Literal["bias", "norm", "other"]
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -34,13 +35,13 @@ def prunable(module: nn.Module, also: Sequence[Also] = ()) -> list[str]:
 
 def alive(model: MultiTaskModel, names: list[str]) -> dict[str, Tensor]:
     """What a mask kept so far, whatever its value; all of a weight that has no mask."""
-    weights = {name: get_tensor(model.module, name) for name in names}
+    weights = {name: tensor_of(model.module, name) for name in names}
     return {name: model.masks.get(name, torch.ones_like(w, dtype=torch.bool)) for name, w in weights.items()}
 
 
 def magnitude(model: MultiTaskModel, names: list[str]) -> dict[str, Tensor]:
     """Absolute weights."""
-    return {name: get_tensor(model.module, name).detach().abs() for name in names}
+    return {name: tensor_of(model.module, name).detach().abs() for name in names}
 
 
 def by_layer(model: MultiTaskModel, names: list[str], block: int) -> dict[str, Tensor]:
@@ -48,7 +49,7 @@ def by_layer(model: MultiTaskModel, names: list[str], block: int) -> dict[str, T
 
     Source: Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", ICLR 2021.
     """
-    squared = {name: get_tensor(model.module, name).detach().double().square() for name in names}
+    squared = {name: tensor_of(model.module, name).detach().double().square() for name in names}
     return shares(squared, alive(model, names), block)
 
 
@@ -57,7 +58,7 @@ def by_tasks(model: MultiTaskModel, names: list[str], bench: Bench, batches: int
 
     Source: Sun et al., "DiSparse", CVPR 2022, its saliency for trained networks.
     """
-    total = [{name: torch.zeros_like(get_tensor(model.module, name)) for name in names} for _ in model.tasks]
+    total = [{name: torch.zeros_like(tensor_of(model.module, name)) for name in names} for _ in model.tasks]
     for found in by_task(model, bench, batches, [Axis(name, 0) for name in names]):
         for task, parts in zip(total, found, strict=True):
             for name, part in zip(names, parts, strict=True):

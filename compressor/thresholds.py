@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from compressor.bench import Bench
-from compressor.model import MultiTaskModel, get_tensor, names_of
+from compressor.graph import tensor_of
+from compressor.model import MultiTaskModel
+from compressor.tensors import names_of
 from compressor.training import Training, train
 
 SPEED = 10.0
@@ -41,7 +43,7 @@ def learnt(
     Source: Xiang et al., "AdapMTL: Adaptive Pruning Framework for Multitask Learning Model", ACM MM 2024.
     """
     copy = model.clone()
-    weights = {name: get_tensor(copy.module, name) for name in part}
+    weights = {name: tensor_of(copy.module, name) for name in part}
     thresholds = _Thresholds(weights, part, course, how.steps)
     for name, *others in names_of(copy.module):
         if name in part:

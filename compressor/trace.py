@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 from compressor.errors import CompressError
 from compressor.graph import name_of, tensor_of, tensors_of
-from compressor.model import MultiTaskModel, answers, names_of
-from compressor.workload import Task
+from compressor.model import MultiTaskModel
+from compressor.tensors import names_of
+from compressor.workload import Task, answers
 
 
 class _Answers(nn.Module):

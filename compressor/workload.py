@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from compressor.errors import CompressError
+from profiles.settings import did_you_mean
+
 Split = Literal["train", "calibrate", "validate"]
 
 
@@ -63,3 +66,43 @@ class Workload(Protocol):
     def batches(self, split: Split, seed: int) -> Iterable[Batch]: ...
     def losses(self, outputs: Mapping[str, Tensor], batch: Batch) -> Mapping[str, Tensor]: ...
     def metrics(self) -> Mapping[str, Metric]: ...
+
+
+def answers(raw: object, tasks: Iterable[Task]) -> dict[str, Tensor]:
+    """Cut what forward returned into one tensor for each task.
+
+    Raises:
+        CompressError: an output is missing, is not a tensor, or has fewer channels than a task says.
+    """
+    found = {}
+    for task in tasks:
+        output = _pick(raw, task)
+        if task.channels is not None:
+            first, last = task.channels
+            if output.dim() < 2 or not 0 <= first < last <= output.shape[1]:
+                raise CompressError(
+                    f"Task '{task.name}' is channels {first}:{last} of output {task.output!r}, "
+                    f"whose shape is {tuple(output.shape)}."
+                )
+            output = output[:, first:last]
+        found[task.name] = output
+    return found
+
+
+def _pick(raw: object, task: Task) -> Tensor:
+    if isinstance(raw, Tensor):
+        raw = (raw,)
+    if isinstance(raw, Mapping):
+        found = raw.get(task.output)
+        names = [str(key) for key in raw]
+    elif isinstance(raw, tuple | list):
+        known = isinstance(task.output, int) and 0 <= task.output < len(raw)
+        found = raw[int(task.output)] if known else None
+        names = [str(k) for k in range(len(raw))]
+    else:
+        raise CompressError(f"The network returns a {type(raw).__name__}; a tensor, a tuple or a dict is needed.")
+    if not isinstance(found, Tensor):
+        what = "is not among the network's outputs" if found is None else f"is a {type(found).__name__}, not a tensor"
+        hint = did_you_mean(str(task.output), names)
+        raise CompressError(f"Task '{task.name}': output {task.output!r} {what}.{hint}")
+    return found

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from compressor.channels import Axis
 from compressor.errors import CompressError
+from compressor.graph import tensor_of
 from compressor.groups import Prunable
-from compressor.model import SURGERY, MultiTaskModel, answers, get_tensor, load_checkpoint, load_weights, names_of
+from compressor.model import SURGERY, MultiTaskModel, load_checkpoint, load_weights
+from compressor.tensors import names_of
 from compressor.trace import trace
-from compressor.workload import Task
+from compressor.workload import Task, answers
 from tests.models import Spec, Toy, build, of
 
 SPEC = Spec(("conv_bn_relu", "tied", "depthwise", "transposed_depthwise"), (("tokens",), ("norms",)), batch=2)
@@ -32,7 +34,7 @@ def cut_model() -> MultiTaskModel:
 
 def test_save_and_load_are_exact(tmp_path: Path) -> None:
     model = cut_model()
-    model.masks = {"stem.weight": torch.rand(get_tensor(model.module, "stem.weight").shape) > 0.5}
+    model.masks = {"stem.weight": torch.rand(tensor_of(model.module, "stem.weight").shape) > 0.5}
     model.save(tmp_path)
     loaded = MultiTaskModel.load(tmp_path, Toy(SPEC))
     state, again = model.module.state_dict(), loaded.module.state_dict()
@@ -51,10 +53,10 @@ def test_save_and_load_are_exact(tmp_path: Path) -> None:
 
 def test_kept_names_the_original_indices() -> None:
     model, original = cut_model(), build(SPEC)
-    whole = get_tensor(original.module, "trunk.0.0.weight")
+    whole = tensor_of(original.module, "trunk.0.0.weight")
     for dim, kept in model.kept["trunk.0.0.weight"].items():
         whole = whole.index_select(dim, torch.tensor(kept))
-    assert torch.equal(whole, get_tensor(model.module, "trunk.0.0.weight"))
+    assert torch.equal(whole, tensor_of(model.module, "trunk.0.0.weight"))
 
 
 def test_a_cut_reaches_every_name_of_a_tensor_and_its_masks() -> None:
@@ -64,7 +66,7 @@ def test_a_cut_reaches_every_name_of_a_tensor_and_its_masks() -> None:
     model.masks = {name: torch.ones(8, 8, 3, 3, dtype=torch.bool) for name in names}
     left = torch.tensor([0, 3])
     model.cut({Axis(names[0], 0): left, Axis("trunk.0.a.bias", 0): left, Axis("trunk.0.b.bias", 0): left})
-    assert [get_tensor(model.module, name).shape[0] for name in names] == [2, 2]
+    assert [tensor_of(model.module, name).shape[0] for name in names] == [2, 2]
     assert [model.masks[name].shape[0] for name in names] == [2, 2]
     assert model.module.trunk[0].b.out_channels == 2
 
@@ -74,9 +76,9 @@ def test_a_clone_shares_nothing() -> None:
     copy = model.clone()
     copy.cut({Axis("stem.weight", 0): torch.tensor([0])})
     with torch.no_grad():
-        get_tensor(copy.module, "trunk.0.0.weight").zero_()
-    assert get_tensor(model.module, "stem.weight").shape[0] > 1
-    assert get_tensor(model.module, "trunk.0.0.weight").any()
+        tensor_of(copy.module, "trunk.0.0.weight").zero_()
+    assert tensor_of(model.module, "stem.weight").shape[0] > 1
+    assert tensor_of(model.module, "trunk.0.0.weight").any()
     assert model.kept["stem.weight"][0] != copy.kept["stem.weight"][0]
 
 
@@ -88,7 +90,7 @@ def test_indices_that_are_none_are_refused_and_nothing_is_cut(kept: list[int]) -
     ):
         model.cut({Axis("stem.bias", 0): torch.tensor([0]), Axis("stem.weight", 0): torch.tensor(kept)})
     assert model.kept == {}
-    assert get_tensor(model.module, "stem.bias").shape == (8,)
+    assert tensor_of(model.module, "stem.bias").shape == (8,)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_half_precision_weights_fit_a_float_network(weights: Path) -> None:
     save_file(state, weights)
     module = build(SPEC).module
     load_weights(module, weights)
-    assert torch.equal(get_tensor(module, "stem.bias"), state["stem.bias"].float())
+    assert torch.equal(tensor_of(module, "stem.bias"), state["stem.bias"].float())
 
 
 def test_a_pickle_is_refused_unopened(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compressor.errors import CompressError
-from compressor.graph import in_double
+from compressor.graph import in_double, tensor_of
 from compressor.groups import Prunable
 from compressor.inspection import Row, inspect
 from compressor.macs import count_macs
-from compressor.model import MultiTaskModel, get_tensor
+from compressor.model import MultiTaskModel
 from compressor.pathway import Pathway, extract
 from compressor.trace import trace
 from compressor.workload import Task
@@ -88,7 +88,7 @@ def zero_reads(model: MultiTaskModel, prunable: Prunable, keep: Tensor) -> None:
     with torch.no_grad():
         for axis in prunable.reads():
             gone = (~keep[prunable.channels.axes[axis]]).nonzero().flatten()
-            get_tensor(model.module, axis.tensor).index_fill_(axis.dim, gone, 0.0)
+            tensor_of(model.module, axis.tensor).index_fill_(axis.dim, gone, 0.0)
 
 
 def test_masked_channels_are_gone_to_the_last_one() -> None:

@@ -17,8 +17,9 @@ from compressor.bench import Bench
 from compressor.channels import Axis
 from compressor.components import components, left_by_component, names_of_components
 from compressor.errors import CompressError
+from compressor.graph import tensor_of
 from compressor.masks import Pattern, Scope, count, keep_most, keep_n_of_m, pools_of, shares, unanimous
-from compressor.model import MultiTaskModel, get_tensor
+from compressor.model import MultiTaskModel
 from compressor.record import sizes_of
 from compressor.saliency import alive, by_layer, by_tasks, magnitude, prunable
 from compressor.stages.finetune import Finetune
@@ -74,13 +75,13 @@ def test_masks_nest_count_exactly_and_spare_biases_and_norms(model: MultiTaskMod
     assert names == ["stem.0.weight", "down.0.weight", "inner.0.weight", "outer.0.weight", "fused.weight",
                      "mask.0.weight", "mask.2.weight"]  # fmt: skip
     assert [sorted(masks) for masks in rounds] == [sorted(names)] * 3
-    total = sum(get_tensor(model.module, name).numel() for name in names)
+    total = sum(tensor_of(model.module, name).numel() for name in names)
     for turn, masks in enumerate(rounds, 1):
         assert kept(masks) == round(0.3 ** (turn / 3) * total)
     assert nest(rounds)
     assert all(torch.equal(after.masks[name], rounds[-1][name]) for name in names)
     for name, mask in after.masks.items():
-        assert bool((get_tensor(after.module, name)[~mask] == 0).all())
+        assert bool((tensor_of(after.module, name)[~mask] == 0).all())
 
 
 def test_each_layer_keeps_the_same_share_when_asked(model: MultiTaskModel) -> None:
@@ -93,7 +94,7 @@ def test_ties_do_not_change_the_count(model: MultiTaskModel) -> None:
         for parameter in model.module.parameters():
             parameter.fill_(0.5)
     names = prunable(model.module)
-    total = sum(get_tensor(model.module, name).numel() for name in names)
+    total = sum(tensor_of(model.module, name).numel() for name in names)
     masks = smallest_out(model, names, 0.37, "global")
     assert sum(int(mask.sum()) for mask in masks.values()) == round(0.37 * total)
 
@@ -121,7 +122,7 @@ def test_n_of_each_m_inputs_stay(model: MultiTaskModel, bench: Bench) -> None:
                 continue
             each = mask.movedim(1, -1).reshape(-1, 4).sum(1)
             assert set(each.tolist()) == {(2, 1)[turn]}, name
-    weight = get_tensor(model.module, "fused.weight").detach()
+    weight = tensor_of(model.module, "fused.weight").detach()
     kept = masks_of_rounds(bench)[0]["fused.weight"]
     assert torch.equal(kept, keep_n_of_m({"w": weight.abs()}, {"w": torch.ones_like(kept)}, 2, 4)["w"])
     assert float(weight[kept].abs().sum()) > float(weight[~kept].abs().sum())
@@ -158,7 +159,7 @@ def test_a_tasks_own_head_is_safe_from_the_others(model: MultiTaskModel, bench: 
 def test_a_share_of_its_layer_is_of_survivors_no_smaller(model: MultiTaskModel) -> None:
     """Dead weights, however large, are worth nothing and count for nothing."""
     name = "mask.2.weight"
-    weight = get_tensor(model.module, name)
+    weight = tensor_of(model.module, name)
     mask = torch.zeros_like(weight, dtype=torch.bool).flatten()
     mask[:3] = True
     model.masks = {name: mask.view_as(weight)}
@@ -186,7 +187,7 @@ def test_by_shares_of_layers_none_is_lost_and_each_keeps_its_largest(model: Mult
     stage = ticket(keep_ratio=0.1, rounds=1, saliency="layers", train=Training(steps=0))
     masks = stage.run(model, bench).masks
     for name, mask in masks.items():
-        size = get_tensor(model.module, name).detach().abs()
+        size = tensor_of(model.module, name).detach().abs()
         assert bool(mask.any()) and float(size[mask].min()) >= float(size[~mask].max()), name
     small, *_, large = sorted(masks.values(), key=Tensor.numel)
     assert float(small.float().mean()) > float(large.float().mean())
@@ -305,7 +306,7 @@ def test_masks_survive_finetune_and_a_later_prune(model: MultiTaskModel, bench: 
     for after in (tuned, pruned):
         assert after.masks.keys() == sparse.masks.keys()
         for name, mask in after.masks.items():
-            weight = get_tensor(after.module, name)
+            weight = tensor_of(after.module, name)
             assert weight.shape == mask.shape
             assert bool((weight[~mask] == 0).all())
     assert sizes_of(pruned)[1] < sizes_of(tuned)[1]
@@ -326,7 +327,7 @@ def test_what_an_earlier_ticket_pruned_stays_pruned(model: MultiTaskModel, bench
     assert nest([first.masks, later.masks]) and kept(first.masks) > kept(later.masks)
     for name in ("stem.1.weight", "mask.0.bias"):
         assert torch.equal(later.masks[name], first.masks[name])
-        assert bool((get_tensor(later.module, name)[~later.masks[name]] == 0).all())
+        assert bool((tensor_of(later.module, name)[~later.masks[name]] == 0).all())
 
 
 def test_biases_norms_and_raw_parameters_are_pruned_when_asked() -> None:

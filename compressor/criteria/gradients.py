@@ -8,7 +8,8 @@ from torch import Tensor
 from compressor.bench import Bench
 from compressor.channels import Axis
 from compressor.errors import CompressError
-from compressor.model import MultiTaskModel, get_tensor
+from compressor.graph import tensor_of
+from compressor.model import MultiTaskModel
 from compressor.workload import Batch
 
 
@@ -25,7 +26,7 @@ def by_task(
     """
     probe = model.clone()
     probe.module.eval()
-    weights = [get_tensor(probe.module, axis.tensor).requires_grad_() for axis in axes]
+    weights = [tensor_of(probe.module, axis.tensor).requires_grad_() for axis in axes]
     generator = torch.Generator().manual_seed(bench.seed)
     for batch in bench.calibration(batches):
         losses = _losses(probe, bench, batch, generator)

@@ -8,8 +8,9 @@ from torch import Tensor
 from compressor.bench import Bench
 from compressor.channels import Axis
 from compressor.criteria.gradients import sums_by_class
+from compressor.graph import tensor_of
 from compressor.groups import Prunable
-from compressor.model import MultiTaskModel, get_tensor
+from compressor.model import MultiTaskModel
 
 
 def l2(model: MultiTaskModel, prunable: Prunable, bench: Bench, batches: int) -> Tensor:
@@ -49,7 +50,7 @@ def _written(prunable: Prunable) -> Iterable[Axis]:
 def _sized(model: MultiTaskModel, prunable: Prunable, axes: Iterable[Axis], power: int) -> Tensor:
     score_C = torch.zeros(prunable.class_count)
     for axis in axes:
-        weight = get_tensor(model.module, axis.tensor).detach().abs() ** power
+        weight = tensor_of(model.module, axis.tensor).detach().abs() ** power
         classes = prunable.channels.axes[axis]
         mean = weight.sum() / max(1, len(classes))
         score_C += sums_by_class(weight / mean.clamp_min(1e-12), axis, classes, prunable.class_count)

@@ -15,8 +15,9 @@ from compressor.bench import Bench, reestimate_batchnorm
 from compressor.channels import Axis
 from compressor.components import SHARED, components, left_by_component, names_of_components
 from compressor.errors import CompressError
+from compressor.graph import tensor_of
 from compressor.masks import Pattern, Scope, Scores, count, keep_most, keep_n_of_m, pools_of
-from compressor.model import MultiTaskModel, get_tensor
+from compressor.model import MultiTaskModel
 from compressor.saliency import Also, alive, by_layer, by_tasks, magnitude, prunable
 from compressor.thresholds import learnt
 from compressor.training import Training, train
@@ -133,7 +134,7 @@ class Ticket(Settings):
         pattern, names = Pattern.parse(self.pattern), prunable(model.module, self.prune_also)
         if not names:
             raise CompressError("ticket: the network has no convolution and no linear layer; see 'prune_also'.")
-        if odd := [name for name in names if not pattern.fits(get_tensor(model.module, name))]:
+        if odd := [name for name in names if not pattern.fits(tensor_of(model.module, name))]:
             how = "left whole" if pattern.of else "pruned weight by weight"
             bench.note(f"{how}, because their size does not fit '{self.pattern}': {', '.join(odd)}.")
         part = components(model, names, pattern.block)
@@ -258,7 +259,7 @@ def rewind(model: MultiTaskModel, state: Mapping[str, Tensor], masks: Mapping[st
     copy.masks |= masks
     with torch.no_grad():
         for name, mask in copy.masks.items():
-            get_tensor(copy.module, name).masked_fill_(~mask, 0.0)
+            tensor_of(copy.module, name).masked_fill_(~mask, 0.0)
     return copy
 
 
