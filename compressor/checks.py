@@ -9,7 +9,7 @@ import onnx
 from compressor.errors import CompressError
 from compressor.export import run, session
 from compressor.report.schema import Latency
-from compressor.verify import Compared, compare, difference, onnx_answers, told
+from compressor.verify import Compared, compare, difference, on_grids, onnx_answers, told
 from profiles.measure import interleave, ratio
 from targets import artifact as artifacts
 from targets.base import Array, Artifact, Program
@@ -26,12 +26,13 @@ def verify_artifact(folder: Path, count: int, inputs: list[tuple[Array, ...]] | 
     """
     built = artifacts.read(folder)
     runner = find_target(built.manifest.target).load(built, threads=1)
-    trusted = onnx_answers(Program(built.manifest.program, _model(built), built.manifest.tasks))
+    model = _model(built)
+    trusted = onnx_answers(Program(built.manifest.program, model, built.manifest.tasks))
     pairs = [(runner(*x), trusted(*x)) for x in inputs or [_random(built, seed) for seed in range(count)]]
     found = []
     for task in built.manifest.tasks:
         answers = [(want[task], have[task]) for have, want in pairs]
-        compared = compare("artifact", task, answers)
+        compared = compare("artifact", task, answers, rounded=on_grids(model))
         if not compared.holds:
             worst = max(answers, key=lambda pair: difference(*pair))
             raise CompressError(f"Task '{task}' of '{folder}' {told(compared, *worst)} ONNX Runtime.")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from compressor.errors import CompressError
 from compressor.pathway import Pathway
+from compressor.quantization.integers import to_integers
 from targets.base import Program
 
 OPSET = 20
@@ -106,6 +107,8 @@ def _export(pathway: Pathway, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
         del value.metadata_props[:]
     del model.graph.metadata_props[:]
+    tensors = pathway.tensors
+    to_integers(model, {name: (tensors[name], grid) for name, grid in pathway.grids.items() if name in tensors})
     _check(model, pathway.name)
     return model
 

@@ -15,6 +15,8 @@ from compressor.attributes import set_attributes
 from compressor.channels import Axis
 from compressor.errors import CompressError
 from compressor.graph import tensor_of
+from compressor.quantization.grids import Quantization
+from compressor.simulation import Simulation
 from compressor.tensors import names_of, refit, set_groups, set_tensor
 from compressor.workload import Task, Workload, answers
 
@@ -32,6 +34,7 @@ class MultiTaskModel:
         kept: for each cut tensor and dimension, the indices of the original that are left, in order.
         attributes: integers of the module's own code that follow the cuts (how many heads are left), by dotted name.
         masks: for each ticket-pruned weight, a bool tensor of its shape; False stays zero in every later stage.
+        quantization: the grids on which values and weights lie; None where all is floating point.
     """
 
     module: nn.Module
@@ -40,15 +43,20 @@ class MultiTaskModel:
     kept: dict[str, dict[int, list[int]]] = field(default_factory=dict)
     attributes: dict[str, int] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
+    quantization: Quantization | None = None
+    _simulation: Simulation = field(default_factory=Simulation, repr=False, compare=False)
 
     def answers(self, *inputs: Tensor) -> dict[str, Tensor]:
-        """One tensor for each task, in task order."""
+        """One tensor for each task, in task order; rounded to its grids all the way where the model is quantized."""
+        if self.quantization is not None:
+            return self._simulation(self, inputs)
         return answers(self.module(*inputs), self.tasks)
 
     def clone(self) -> "MultiTaskModel":
         masks = {name: mask.clone() for name, mask in self.masks.items()}
         module, kept = copy.deepcopy(self.module), copy.deepcopy(self.kept)
-        return MultiTaskModel(module, self.tasks, self.inputs, kept, dict(self.attributes), masks)
+        attributes = dict(self.attributes)
+        return MultiTaskModel(module, self.tasks, self.inputs, kept, attributes, masks, self.quantization)
 
     def cut(self, keep: Mapping[Axis, Tensor], attributes: Mapping[str, int] | None = None) -> None:
         """Keep only the given indices (ascending int64, of the present size) along each named axis, in place.
@@ -57,8 +65,10 @@ class MultiTaskModel:
         own layers keep about their shapes follows; `attributes` are other integers to set, by dotted name.
 
         Raises:
-            CompressError: indices that are no such list; nothing is cut then.
+            CompressError: indices that are no such list, or the model is quantized; nothing is cut then.
         """
+        if self.quantization is not None:
+            raise CompressError("A quantized network cannot be cut: put 'quantize' after the stages that cut.")
         for axis, indices in keep.items():
             _check_indices(axis, indices.tolist(), tensor_of(self.module, axis.tensor).shape)
         set_groups(self.module, keep)
@@ -86,6 +96,8 @@ class MultiTaskModel:
         (directory / SURGERY).write_text(json.dumps(surgery))
         if self.masks:
             save_file({name: mask.contiguous() for name, mask in self.masks.items()}, directory / MASKS)
+        if self.quantization is not None:
+            self.quantization.save(directory)
 
     @classmethod
     def load(cls, directory: Path, workload: Workload) -> "MultiTaskModel":
@@ -99,6 +111,7 @@ class MultiTaskModel:
         load_weights(model.module, directory / WEIGHTS)
         if (directory / MASKS).exists():
             model.masks = load_file(directory / MASKS)
+        model.quantization = Quantization.load(directory)
         model.module.eval()
         return model
 

@@ -5,7 +5,7 @@ that only other tasks read; channels every remaining reader of which has only ze
 """
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -16,6 +16,7 @@ from compressor.errors import CompressError
 from compressor.graph import EXACT, difference, tensor_of, tensors_of
 from compressor.macs import count_macs
 from compressor.model import MultiTaskModel
+from compressor.quantization.integers import Steps, steps_of
 from compressor.trace import export, flatten, living, trace
 
 __all__ = ["Pathway", "count_macs", "elements", "extract", "needed", "reach"]
@@ -30,6 +31,7 @@ class Pathway:
         kept: indices kept of each cut tensor's dimensions, as MultiTaskModel.kept but relative to the whole model.
         macs, effective_macs: multiply-adds of one inference over the example inputs; those with a weight not zero.
         error: largest difference to the whole network, relative, as measured in float64.
+        grids: by name, those of the tensors that lie on one.
     """
 
     tasks: tuple[str, ...]
@@ -38,6 +40,7 @@ class Pathway:
     macs: int
     effective_macs: int
     error: float
+    grids: Mapping[str, Steps] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -75,7 +78,10 @@ def extract(model: MultiTaskModel, tasks: Sequence[str]) -> Pathway:
             "it was not used. Please report this network."
         )
     network = flatten(export(part, model.inputs))
-    return Pathway(tuple(tasks), network, _kept(channels, need), *count_macs(network), error)
+    kept = _kept(channels, need)
+    grids = {} if model.quantization is None else steps_of(whole, model.quantization)
+    left = {name: steps.taken(kept.get(name, {})) for name, steps in grids.items()}
+    return Pathway(tuple(tasks), network, kept, *count_macs(network), error, left)
 
 
 def reach(model: MultiTaskModel) -> dict[str, dict[str, Tensor]]:

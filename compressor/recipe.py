@@ -211,6 +211,10 @@ def _stages(tables: object) -> tuple[list[Stage], list[str]]:
                 made.append(cast(Stage, STAGES[kind].model_validate(table)))
             except ValidationError as error:
                 found += faults(error, STAGES[kind], f"Stage {number} ({kind})")
+    kinds = [stage.kind for stage in made]
+    for number, kind in enumerate(kinds, 1):
+        if "quantize" in kinds[: number - 1] and kind != "finetune":
+            found.append(f"Stage {number} ({kind}): after 'quantize' nothing can be cut, only 'finetune' follows.")
     return made, found
 
 

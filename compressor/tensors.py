@@ -18,6 +18,12 @@ def names_of(module: nn.Module) -> list[list[str]]:
     return list(names.values())
 
 
+def tensors_by_name(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under all their names."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
+
+
 def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
     """Replace a parameter or buffer under every name that the module has for it."""
     old = tensor_of(module, name)

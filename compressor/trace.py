@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
@@ -10,9 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 from compressor.errors import CompressError
 from compressor.graph import name_of, tensor_of, tensors_of
-from compressor.model import MultiTaskModel
+from compressor.quantization.simulate import computed, folded, quantized
 from compressor.tensors import names_of
 from compressor.workload import Task, answers
+
+if TYPE_CHECKING:
+    from compressor.model import MultiTaskModel
 
 
 class _Answers(nn.Module):
@@ -26,17 +30,25 @@ class _Answers(nn.Module):
         return tuple(answers(self.module(*inputs), self.tasks).values())
 
 
-def trace(model: MultiTaskModel, tasks: Sequence[Task] | None = None) -> fx.GraphModule:
+def trace(model: "MultiTaskModel", tasks: Sequence[Task] | None = None) -> fx.GraphModule:
     """The model as a graph: parameters keep their names, one output for each task, dead code gone.
 
     The module is put into evaluation mode. A tensor that the module holds under several names appears under its first.
+    Of a quantized model batch norms are folded, and values and weights rounded to their grids.
 
     Raises:
         CompressError: the network cannot be traced (data-dependent control flow, for example), or its forward
             overwrites its inputs or its own state.
     """
-    chosen = tuple(tasks or model.tasks)
-    program = export(_Answers(model.module.eval(), chosen), model.inputs)
+    network = as_brought(model, model.inputs, tasks)
+    return network if model.quantization is None else computed(quantized(folded(network), model.quantization))
+
+
+def as_brought(
+    model: "MultiTaskModel", inputs: tuple[Tensor, ...], tasks: Sequence[Task] | None = None
+) -> fx.GraphModule:
+    """`trace` in floating point, for inputs of these shapes: their number in a batch may differ from the examples'."""
+    program = export(_Answers(model.module.eval(), tuple(tasks or model.tasks)), inputs)
     first = {f"module.{name}": names[0] for names in names_of(model.module) for name in names}
     return flatten(program, first)
 

@@ -39,7 +39,8 @@ class Training(Settings):
             last windows of a twentieth of the steps, or what its budget has left ("margins", at every check;
             `compressor/weighting.py`).
         precision: "bf16" runs the forward pass under autocast; "auto" does so where the device multiplies bfloat16
-            (a GPU, AMX or AVX512-BF16), so its weights differ between machines. Scores are always taken in fp32.
+            (a GPU, AMX or AVX512-BF16), so its weights differ between machines. Scores are always taken in fp32, and a
+            quantized network is always trained in it, as bfloat16 cannot tell its steps apart.
         ema: decay of a moving average of the weights, which are what is handed back; 0 hands back the last weights.
         check_every: steps between checks, each of which scores the validate split; 0 never does. With checks the state
             is handed back whose worst task had the largest share of its budget left.
@@ -85,7 +86,8 @@ def train(
     """Train in place, on the bench's device, masks held; returns the state after `snapshot` steps when asked for.
 
     Batch norm's running statistics are averages over the last steps before the state that is handed back, or over as
-    many batches of the train split where that is an average of weights. A training that was killed goes on at its last
+    many batches of the train split where that is an average of weights; a quantized model's stay as they are, since
+    they are part of its weights. A training that was killed goes on at its last
     checkpoint, where the bench has a place for them, and ends as if nothing had happened.
 
     Raises:
@@ -177,7 +179,7 @@ def _finish(model: MultiTaskModel, average: Average, bench: Bench) -> None:
 
     Batches of "train", since weights are used to how those are altered, and "calibrate" may be a few like pictures.
     """
-    if average.write(model.module):
+    if average.write(model.module) and model.quantization is None:
         batches = list(islice(bench.workload.batches("train", bench.seed), SETTLING_STEPS))
         reestimate_batchnorm(model.module, batches, bench.device)
 
@@ -214,7 +216,7 @@ def _batches(bench: Bench, steps: int, seed: int) -> Iterator[Batch]:
 
 def _losses(model: MultiTaskModel, bench: Bench, how: Training, batch: Batch) -> dict[str, Tensor]:
     """Each task's loss where the batch has one: of its label, of distillation, or of both."""
-    halves = how.halves(bench.device)
+    halves = how.halves(bench.device) and model.quantization is None
     with torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=halves):
         raw = model.answers(*batch.inputs)
     answers = {name: answer.float() if answer.is_floating_point() else answer for name, answer in raw.items()}

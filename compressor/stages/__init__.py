@@ -8,6 +8,7 @@ from compressor.model import MultiTaskModel
 from compressor.stages.finetune import Finetune
 from compressor.stages.pathway import Pathway
 from compressor.stages.prune import Prune
+from compressor.stages.quantize import Quantize
 from compressor.stages.ticket import Ticket
 from profiles.settings import Settings
 
@@ -33,4 +34,5 @@ STAGES: Mapping[str, type[Settings]] = {
     "ticket": Ticket,
     "finetune": Finetune,
     "pathway": Pathway,
+    "quantize": Quantize,
 }

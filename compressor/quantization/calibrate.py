@@ -1,0 +1,65 @@
+"""Grids from calibration batches, each seen once."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, fx
+
+from compressor.graph import argument, tensor_of
+from compressor.quantization.grids import Grid, Quantization
+from compressor.quantization.points import Points
+from compressor.quantization.ranges import Histogram, Rule, weight_scales
+from compressor.quantization.simulate import channel_dim, weight_of
+
+LARGEST_BIAS = 2.0**24
+
+Trace = Callable[[tuple[Tensor, ...]], fx.GraphModule]
+"""The folded trace for inputs of these shapes."""
+
+
+def seen(trace: Trace, names: Iterable[str], batches: Iterable[tuple[Tensor, ...]]) -> dict[str, Histogram]:
+    """What values, by node, the network computes over all batches."""
+    found = {name: Histogram() for name in names}
+
+    class Watching(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> object:
+            result = super().run_node(node)
+            if node.name in found and isinstance(result, Tensor):
+                found[node.name].add(result)
+            return result
+
+    with torch.no_grad():
+        for inputs in batches:
+            Watching(trace(inputs)).run(*inputs)
+    return found
+
+
+def grids(
+    network: fx.GraphModule, where: Points, histograms: Mapping[str, Histogram], rules: tuple[Rule, Rule],
+    percentile: float,
+) -> Quantization:
+    """The grids of those values, and of the weights.
+
+    Args:
+        network: a folded trace, computed.
+        rules: for values, for weights.
+    """
+    values: dict[str, Grid] = {name: histograms[name].grid(rules[0], percentile) for name in where.values}
+    scales = {}
+    for node in network.graph.nodes:
+        if node.name in where.weighted:
+            scale = weight_scales(tensor_of(network, str(weight_of(node).target)), channel_dim(node), rules[1])
+            scales[node.name] = torch.maximum(scale, _least(network, node, values))
+    return Quantization(values, scales)
+
+
+def _least(network: fx.GraphModule, node: fx.Node, values: Mapping[str, Grid]) -> Tensor:
+    """The scale at which a layer's bias still is a few bits from the ends of its accumulators."""
+    bias, source = argument(node, "bias"), node.args[0]
+    if not isinstance(bias, fx.Node) or bias.op != "get_attr":
+        return torch.zeros(1)
+    while isinstance(source, fx.Node) and source.name not in values:
+        source = source.args[0]
+    assert isinstance(source, fx.Node)  # what a contraction reads lies on a grid
+    least = tensor_of(network, str(bias.target)).detach().abs() / (LARGEST_BIAS * values[source.name].scale)
+    return least if channel_dim(node) is not None else least.max().reshape(1)

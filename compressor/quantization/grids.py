@@ -1,0 +1,94 @@
+"""Grids of 256 steps, and the record of those that a quantized network's values and weights lie on."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compressor.errors import CompressError
+
+LOWEST, HIGHEST = -128, 127
+LARGEST_WEIGHT = 127  # symmetric: -128 is left out, so that a product of two negatives fits as well
+ACCUMULATOR = -(2**31), 2**31 - 1
+SCHEMA = "taskpress.quantization/1"
+GRIDS, TENSORS = "quantization.json", "quantization.safetensors"
+_SCALE, _OFFSET = "scale.", "offset."
+_FINEST = 2.0**-40
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Real values (q - zero_point) * scale for q in -128...127."""
+
+    scale: float
+    zero_point: int
+
+    @classmethod
+    def spanning(cls, low: float, high: float) -> "Grid":
+        """The finest grid from `low` to `high` that has an exact zero, which padding and ReLU need.
+
+        The scale is a float32, as every runtime keeps it.
+        """
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = float(torch.tensor(max((high - low) / (HIGHEST - LOWEST), _FINEST), dtype=torch.float32))
+        return cls(scale, max(LOWEST, min(HIGHEST, LOWEST - round(low / scale))))
+
+    @property
+    def low(self) -> float:
+        return (LOWEST - self.zero_point) * self.scale
+
+    @property
+    def high(self) -> float:
+        return (HIGHEST - self.zero_point) * self.scale
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """The grids of a network, by the names that its trace has.
+
+    Attributes:
+        values: of each quantized value, by the node that makes it.
+        scales: of each quantized weight, by the contraction that reads it: symmetric, one for each channel written.
+        offsets: added to each channel of a contraction's output, by its name (bias correction).
+    """
+
+    values: Mapping[str, Grid] = field(default_factory=dict)
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
+    offsets: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def save(self, directory: Path) -> None:
+        """Write both into an existing folder."""
+        grids = {name: [grid.scale, grid.zero_point] for name, grid in self.values.items()}
+        (directory / GRIDS).write_text(json.dumps({"schema": SCHEMA, "values": grids}))
+        tensors = {f"{_SCALE}{name}": scale for name, scale in self.scales.items()}
+        tensors |= {f"{_OFFSET}{name}": offset for name, offset in self.offsets.items()}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / TENSORS)
+
+    @classmethod
+    def load(cls, directory: Path) -> "Quantization | None":
+        """What `save` wrote; None where it wrote nothing.
+
+        Raises:
+            CompressError: the files are damaged, or of another version.
+        """
+        path = directory / GRIDS
+        if not path.exists():
+            return None
+        try:
+            record = json.loads(path.read_text())
+            if record["schema"] != SCHEMA:
+                raise CompressError(f"{path} has the schema {record['schema']!r}; this version reads {SCHEMA!r}.")
+            values = {str(name): Grid(float(scale), int(zero)) for name, (scale, zero) in record["values"].items()}
+            tensors = load_file(directory / TENSORS)
+            return cls(values, _under(tensors, _SCALE), _under(tensors, _OFFSET))
+        except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+            raise CompressError(f"{path} is not a record of grids ({type(error).__name__}: {error}).") from error
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
