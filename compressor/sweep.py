@@ -84,7 +84,7 @@ def sweep(
     """
     recipe, job = _prepared(path, overrides)
     with opened(out, resume=True):
-        search = _Search(path, overrides, out, recipe)
+        search = _Search(path, overrides, out, recipe, job.start)
         search.enqueue()
         missing = max(0, trials - search.finished)
         given = search.trials(missing, progress)
@@ -111,7 +111,7 @@ def plan(path: Path, overrides: Sequence[str], out: Path, trials: int) -> dict[s
         CompressError: as `sweep`.
     """
     recipe, job = _prepared(path, overrides)
-    finished = _Search(path, overrides, out, recipe).finished if (out / DATABASE).exists() else 0
+    finished = _Search(path, overrides, out, recipe, job.start).finished if (out / DATABASE).exists() else 0
     own = _own(recipe)
     return {
         "searched": [
@@ -145,7 +145,7 @@ def _own(recipe: Recipe) -> dict[str, Any]:
 class _Search:
     """A sweep's folder and the study in it: what to try next, and what came of it."""
 
-    def __init__(self, path: Path, overrides: Sequence[str], out: Path, recipe: Recipe) -> None:
+    def __init__(self, path: Path, overrides: Sequence[str], out: Path, recipe: Recipe, start: str) -> None:
         optuna.logging.set_verbosity(logging.WARNING)
         self.path, self.overrides, self.out, self.recipe = path.resolve(), tuple(overrides), out.resolve(), recipe
         self.study = optuna.create_study(
@@ -155,12 +155,15 @@ class _Search:
             load_if_exists=True,
         )
         self.asked: dict[int, optuna.Trial] = {}
-        asked = json.dumps([str(self.path), list(overrides), recipe.model_dump(mode="json")])
+        asked = json.dumps([str(self.path), list(overrides), recipe.model_dump(mode="json"), start])
         known = self.study.user_attrs.get("asked")
         if known is None:
             self.study.set_user_attr("asked", asked)
         elif known != asked:
-            raise CompressError(f"'{out}' holds the sweep of another recipe, or of this one before it changed.")
+            raise CompressError(
+                f"'{out}' holds the sweep of another recipe, or of this one before it, its workload or its checkpoint "
+                "changed."
+            )
 
     @property
     def finished(self) -> int:
@@ -174,12 +177,14 @@ class _Search:
         for stale in self._of(State.RUNNING):
             kept = {"folder": f"trials/{stale.number}", **stale.user_attrs}
             self.study.tell(stale.number, state=State.FAIL)
-            self.study.enqueue_trial(stale.params, user_attrs=kept)
+            if params := stale.params or stale.system_attrs.get("fixed_params"):  # else killed before it was proposed
+                self.study.enqueue_trial(params, user_attrs=kept)
 
     def trials(self, count: int, progress: Reporter) -> Iterator[Trial]:
         """So many trials, each proposed when it is taken. What is proposed follows from the seed and earlier trials."""
         for _ in range(count):
-            number = len(self.study.get_trials(deepcopy=False))
+            failed = [trial for trial in self._of(State.FAIL) if "why" in trial.user_attrs]  # the others were killed
+            number = len(self._of(State.RUNNING, State.COMPLETE)) + len(failed)
             seed = np.random.SeedSequence([self.recipe.seed, number]).generate_state(1)[0]
             self.study.sampler = optuna.samplers.TPESampler(seed=int(seed))
             asked = self.study.ask()
@@ -252,8 +257,8 @@ class _Search:
             failed=failed,
         )
 
-    def _of(self, state: State) -> list[optuna.trial.FrozenTrial]:
-        return self.study.get_trials(deepcopy=False, states=(state,))
+    def _of(self, *states: State) -> list[optuna.trial.FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=states)
 
 
 def _outcomes(

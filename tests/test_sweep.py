@@ -1,12 +1,14 @@
 """A sweep: its trials are kept, counted and gone on with; what it chooses is a recipe of its own."""
 
 import json
+import shutil
 import tomllib
 from pathlib import Path
 
 import optuna
 import pytest
 import tiny
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from compressor import recipe as recipes
@@ -184,6 +186,37 @@ def test_another_recipe_does_not_join_a_sweep(recipe: Path, at_once: None) -> No
     searched(recipe, 1)
     with pytest.raises(CompressError, match="holds the sweep of another recipe"):
         searched(recipe, 2, 1, "seed=5")
+
+
+def test_a_changed_checkpoint_does_not_join_a_sweep(recipe: Path, at_once: None) -> None:
+    weights, own = load_file(tiny.weights()), recipe.parent / "own.safetensors"
+    save_file(weights, own)
+    recipe.write_text(recipe.read_text().replace(str(tiny.weights()), str(own)))
+    searched(recipe, 1)
+    save_file(weights | {"fused.bias": weights["fused.bias"] + 1}, own)
+    with pytest.raises(CompressError, match="its workload or its checkpoint changed"):
+        searched(recipe, 2)
+
+
+def test_a_sweep_killed_in_a_trial_proposes_what_it_would_have(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeps, "attempt", figures)
+    whole = [trial.settings for trial in searched(recipe, 5).trials]
+    shutil.rmtree(recipe.parent / "out")
+    tried: list[int] = []
+
+    def dying(trial: sweeps.Trial, progress: Reporter | None = None) -> sweeps.Outcome | Failed:
+        tried.append(trial.number)
+        if len(tried) == 3:
+            raise KeyboardInterrupt
+        return figures(trial, progress)
+
+    monkeypatch.setattr(sweeps, "attempt", dying)
+    with pytest.raises(KeyboardInterrupt):
+        searched(recipe, 5)
+    found = searched(recipe, 5)
+    assert sorted(map(str, (trial.settings for trial in found.trials))) == sorted(map(str, whole))
 
 
 @pytest.mark.parametrize(("table", "value", "fitted"), [
