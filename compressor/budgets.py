@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from compressor.margin import margin
 from compressor.workload import Task
 
 
@@ -56,8 +57,10 @@ def margins(
 ) -> dict[str, float]:
     """What is left of each budget, in the metric's unit (negative: overspent); `slack` multiplies the budgets."""
     return {
-        task.name: slack * budgets[task.name].allowed(before[task.name])
-        - drop(task, before[task.name], after[task.name])
+        task.name: margin(
+            before[task.name], after[task.name], slack * budgets[task.name].allowed(before[task.name]),
+            higher_is_better=task.higher_is_better,
+        )
         for task in tasks
         if task.name in budgets
     }

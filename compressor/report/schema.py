@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, model_validator
 
+from compressor.margin import margin
 from profiles.host import Environment
 from profiles.measure import FEWEST_SAMPLES, Emulated, Estimate, Measurement, Ratio
 from profiles.settings import Settings
@@ -77,7 +78,7 @@ class TaskResult(Part):
         split_sha256: str | None = None,
     ) -> Self:
         """A result whose margin and verdict follow from its scores."""
-        margin = _margin(higher_is_better, before, after, budget)
+        left = _margin(higher_is_better, before, after, budget)
         return cls(
             name=name,
             metric=metric,
@@ -86,8 +87,8 @@ class TaskResult(Part):
             after=after,
             budget=budget,
             budget_text=budget_text,
-            margin=margin,
-            within_budget=None if margin is None else margin >= 0,
+            margin=left,
+            within_budget=None if left is None else left >= 0,
             split=split,
             split_sha256=split_sha256,
         )
@@ -101,11 +102,11 @@ class TaskResult(Part):
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
-        margin = _margin(self.higher_is_better, self.before, self.after, self.budget)
-        if margin is None or self.margin is None:
-            agrees = margin is self.margin and self.within_budget is None
+        left = _margin(self.higher_is_better, self.before, self.after, self.budget)
+        if left is None or self.margin is None:
+            agrees = left is self.margin and self.within_budget is None
         else:
-            agrees = abs(margin - self.margin) <= 1e-9 and self.within_budget == (self.margin >= 0)
+            agrees = abs(left - self.margin) <= 1e-9 and self.within_budget == (self.margin >= 0)
         if not agrees:
             raise ValueError(f"task '{self.name}': margin and verdict do not follow from its scores and budget")
         return self
@@ -114,7 +115,7 @@ class TaskResult(Part):
 def _margin(higher_is_better: bool, before: float | None, after: float | None, budget: float | None) -> float | None:
     if before is None or after is None or budget is None:
         return None
-    return budget - (before - after if higher_is_better else after - before)
+    return margin(before, after, budget, higher_is_better=higher_is_better)
 
 
 class StageResult(Part):
