@@ -85,7 +85,7 @@ class Bench:
                     if not answers[task].isfinite().all():
                         raise CompressError(f"Task '{task}' answers NaN or infinity on {split}.")
                     try:
-                        metrics[task].update(answers[task], batch.labels[task])
+                        metrics[task].update(answers[task].contiguous(), batch.labels[task])  # some metrics view it
                     except (RuntimeError, ValueError, IndexError, TypeError) as error:
                         shape = tuple(answers[task].shape)
                         raise CompressError(
@@ -113,7 +113,8 @@ class Bench:
     def shares(self, scores: Mapping[str, float]) -> dict[str, float]:
         """What is left of each budget as a share of it: 1 where nothing was lost, negative where it is overspent."""
         left = self.margins(scores)
-        return {name: left[name] / max(self.budgets[name].allowed(self.before[name]), 1e-12) for name in left}
+        allowed = {name: self.budgets[name].allowed(self.before[name]) for name in left}
+        return {name: left[name] / max(allowed[name], 1e-12) if left[name] or allowed[name] else 1.0 for name in left}
 
     def worst(self, scores: Mapping[str, float]) -> str:
         """The task that has the least share of its budget left; empty without budgets."""
@@ -192,8 +193,23 @@ def statistics(module: nn.Module) -> list[Tensor]:
     return [buffer for norm in running_norms(module) for buffer in norm.buffers() if buffer.is_floating_point()]
 
 
+def _run(module: nn.Module, batch: Batch) -> str:
+    """Run a module whose batch norms are training; why it refuses a batch that is too small for them, else nothing."""
+    try:
+        module(*batch.inputs)
+    except ValueError as error:
+        if "more than 1 value" not in str(error):
+            raise
+        return str(error)
+    return ""
+
+
 def reestimate_batchnorm(module: nn.Module, batches: list[Batch], device: torch.device = compute.CPU) -> None:
-    """Replace the running statistics of every batch norm by plain averages over the given batches."""
+    """Replace the running statistics of every batch norm by plain averages over the given batches.
+
+    Raises:
+        CompressError: no batch has more than one value a channel for every batch norm.
+    """
     norms = running_norms(module)
     momenta = [norm.momentum for norm in norms]
     module.eval()
@@ -202,8 +218,9 @@ def reestimate_batchnorm(module: nn.Module, batches: list[Batch], device: torch.
         norm.momentum = None  # cumulative average
         norm.train()
     with torch.no_grad(), compute.at(device, module):
-        for batch in batches if norms else ():
-            module(*batch.to(device).inputs)
+        faults = [fault for batch in batches if norms and (fault := _run(module, batch.to(device)))]
+        if faults and len(faults) == len(batches):
+            raise CompressError(f"Batch norm cannot be estimated on the calibrate split: {faults[0]}")
         compute.average([], statistics(module))  # which are alike but for the order of a GPU's sums
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -24,11 +24,13 @@ class Group:
         classes: one class of the channel analysis for each channel.
         span: how many channels of a layer go with a class at least: one, or as many as a head or a convolution's group
             has.
+        layers: all that write them.
     """
 
     name: str
     classes: Tensor
     span: int = 1
+    layers: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -172,8 +174,13 @@ def _groups(channels: ChannelMap) -> tuple[Group, ...]:
     used = {axis for c in channels.contractions for axis in (c.writes, c.reads) if axis is not None}
     counts = [torch.bincount(channels.axes[axis], minlength=channels.class_count) for axis in used]
     return tuple(
-        Group(name, torch.tensor(classes), min(int(count[classes[0]]) for count in counts if count[classes[0]]))
-        for name, classes in zip(_names(list(by_layers)), by_layers.values(), strict=True)
+        Group(
+            name,
+            torch.tensor(classes),
+            min(int(count[classes[0]]) for count in counts if count[classes[0]]),
+            tuple(dict.fromkeys(axis.tensor.removesuffix(".weight") for axis in axes)),
+        )
+        for name, (axes, classes) in zip(_names(list(by_layers)), by_layers.items(), strict=True)
     )
 
 

@@ -53,6 +53,10 @@ class MultiTaskModel:
         return answers(self.module(*inputs), self.tasks)
 
     def clone(self) -> "MultiTaskModel":
+        for part in self.module.modules():  # what hooks such as torch.nn.utils.weight_norm computed in the last forward
+            for name, value in vars(part).items():
+                if isinstance(value, Tensor) and not value.is_leaf:
+                    setattr(part, name, value.detach())
         masks = {name: mask.clone() for name, mask in self.masks.items()}
         module, kept = copy.deepcopy(self.module), copy.deepcopy(self.kept)
         attributes = dict(self.attributes)

@@ -27,7 +27,7 @@ from compressor.recipe import Recipe
 from compressor.record import StageRecord, make_report, sizes_of
 from compressor.report import write
 from compressor.report.schema import Report
-from compressor.speed import Speed
+from compressor.speed import Measure, Speed, replayed
 from compressor.store import Follower, Store, key_of, opened
 from compressor.trace import trace
 from compressor.training import Training, train
@@ -54,6 +54,7 @@ class Job:
     task_sets: tuple[tuple[str, ...], ...]
     start: str
     records: Path
+    speed: Measure
 
     def original_key(self) -> str:
         """A key for the original's scores: what it is, and what they are computed with."""
@@ -97,10 +98,12 @@ def prepare(recipe: Recipe, base: Path, progress: Reporter, *, builds: bool = Tr
     budgets = {name: Budget.parse(text) for name, text in recipe.budgets.items()}
     bench = Bench(workload, model, budgets, device.channel_multiple, recipe.seed, progress)
     bench.device = compute.join(recipe.train_on)
+    for stage in recipe.stages:
+        stage.check(model, bench)
     records = base / recipe.records
     speed = Speed(model, target, device, recipe.threads[0], recipe.seed, read_records(records, device))
-    bench.speed = lambda candidate: compute.by_first(lambda: speed(candidate))
-    return Job(recipe, model, bench, target, device, tuple(sets), recipes.fingerprint(recipe, base), records)
+    bench.speed = speed
+    return Job(recipe, model, bench, target, device, tuple(sets), recipes.fingerprint(recipe, base), records, speed)
 
 
 def run(job: Job, out: Path, command: str, resume: bool = True) -> Report | None:
@@ -216,6 +219,7 @@ def _staged(job: Job, store: Store) -> tuple[MultiTaskModel, list[StageRecord]]:
         if facts is None:
             facts = {}
             bench.checkpoints = store.partial(entry, key)
+            bench.speed = replayed(job.speed, bench.checkpoints)
             with store.entry(entry, key, facts) as folder:
                 begun = time.monotonic()
                 bench.directory, bench.notes, bench.short = folder, [], False

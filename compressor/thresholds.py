@@ -51,7 +51,9 @@ def learnt(
             for owner, attribute in owners.items():
                 register_parametrization(owner, attribute, _Shrunk(thresholds, part[name]))
     copy.module.register_forward_pre_hook(lambda module, _: thresholds.follow() if module.training else None)
-    train(copy, bench, how, title, seed)
+    to_the_end = {"check_every": 0, "patience": 0, "stop_at_margin": None}  # the last state is the one on its course
+    by_margins = {"weighting": "fixed"} if how.weighting == "margins" else {}
+    train(copy, bench, how.model_copy(update=to_the_end | by_margins), title, seed)
     with torch.no_grad():
         return {name: level.contiguous().exp() for name, level in thresholds.levels().items()}
 

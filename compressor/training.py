@@ -73,6 +73,14 @@ class Training(Settings):
             raise ValueError(f"'{named[by_checks.index(True)]}' goes by checks; give 'check_every'")
         return self
 
+    def check(self, model: MultiTaskModel, bench: Bench) -> None:
+        """Refuse, before any work, a loss weight that is for no known task and checks that have no budgets to go by."""
+        names = [task.name for task in model.tasks]
+        if unknown := sorted(set(self.loss_weights) - set(names)):
+            raise CompressError(f"loss_weights: no task '{unknown[0]}'.{did_you_mean(unknown[0], names)}")
+        if self.check_every and not bench.budgets:
+            raise CompressError("check_every goes by what is left of budgets, and the recipe has none; give [budgets].")
+
     def halves(self, device: torch.device) -> bool:
         """Whether the forward pass runs in bfloat16 there."""
         if self.precision != "auto":
@@ -94,13 +102,12 @@ def train(
         CompressError: the loss is not finite, a batch offers nothing to learn, a loss weight is for no known task, or
             checks have no budgets to go by.
     """
-    names = [task.name for task in model.tasks]
-    if unknown := sorted(set(how.loss_weights) - set(names)):
-        raise CompressError(f"loss_weights: no task '{unknown[0]}'.{did_you_mean(unknown[0], names)}")
+    how.check(model, bench)
     about = how.model_dump(), seed, snapshot, bench.device.type, compute.count()
     checkpoint = Checkpoint(bench.checkpoints, model, how.checkpoint_every, title, *about)
     with compute.at(bench.device, model.module, bench.original.module):
-        _lay_out(model.module, torch.channels_last)
+        if _takes_channels_last(model, bench, seed):
+            _lay_out(model.module, torch.channels_last)
         saved = _train(model, bench, how, title, seed, snapshot, checkpoint)
         model.module.eval()
         _lay_out(model.module, torch.contiguous_format)
@@ -138,7 +145,12 @@ def _train(
         for group in optimiser.param_groups:
             group["lr"] = how.learning_rate * _schedule(step, how)
         module.train()
-        loss = weighting.total(_losses(model, bench, how, batch.to(bench.device)))
+        try:
+            loss = weighting.total(_losses(model, bench, how, batch.to(bench.device)))
+        except ValueError as error:
+            if "more than 1 value" not in str(error):
+                raise
+            raise CompressError(f"{title}: batch norm cannot be trained on so small a batch: {error}") from error
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         loss = loss.detach()
@@ -186,8 +198,26 @@ def _finish(model: MultiTaskModel, average: Average, bench: Bench) -> None:
 
 def _lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:
     """Lay out images and their weights; convolutions train faster with the channels last (not for volumes)."""
-    if all(parameter.dim() <= 4 for parameter in module.parameters()):
+    if all(tensor.dim() <= 4 for tensor in (*module.parameters(), *module.buffers())):
         module.to(memory_format=memory_format)  # type: ignore[call-overload]
+
+
+def _takes_channels_last(model: MultiTaskModel, bench: Bench, seed: int) -> bool:
+    """Whether the network and its losses compute on images laid out so: code may view them as if they were not."""
+    batch = next(iter(bench.workload.batches("train", seed)), None)
+    if batch is None:
+        return False
+    tried, batch = model.clone(), batch.to(bench.device)
+    tried.module.eval()
+    _lay_out(tried.module, torch.channels_last)
+    try:
+        with torch.no_grad():
+            answers = tried.answers(*batch.inputs)
+            if batch.labels:
+                bench.workload.losses(answers, batch)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _schedule(step: int, how: Training) -> float:

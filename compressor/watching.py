@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from compressor.bench import Bench
-from compressor.errors import CompressError
 from compressor.model import MultiTaskModel
 
 
@@ -18,8 +17,6 @@ class Watch:
     def __init__(
         self, model: MultiTaskModel, bench: Bench, steps: int, every: int, enough: float | None, patience: int
     ) -> None:
-        if every and not bench.budgets:
-            raise CompressError("check_every goes by what is left of budgets, and the recipe has none; give [budgets].")
         self._bench, self._steps, self._every, self._enough, self._patience = bench, steps, every, enough, patience
         self._best = {name: value.cpu().clone() for name, value in model.module.state_dict().items() if every}
         self._left = torch.tensor(-float("inf"), dtype=torch.float64)

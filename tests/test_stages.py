@@ -20,6 +20,7 @@ from compressor.groups import Group, Prunable
 from compressor.model import MultiTaskModel
 from compressor.record import sizes_of
 from compressor.sequential import Oracle, judging
+from compressor.speed import Speed, replayed
 from compressor.stages.finetune import Finetune
 from compressor.stages.pathway import Pathway
 from compressor.stages.prune import Prune, combine
@@ -282,9 +283,9 @@ def test_a_tighter_budget_weighs_more(model: MultiTaskModel, tmp_path: Path) -> 
         torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), ["kind", "size", "mask"], bench, "max"
     )
     assert value.tolist() == pytest.approx([1.0, 0.1**0.5, 0.1])
-    bench.before = {**bench.before, "kind": 0.0}  # nothing is relative to zero: as if it had no budget
+    bench.before = {**bench.before, "kind": 0.0}  # of which a share is nothing that could be lost
     value = combine(torch.eye(3), ["kind", "size", "mask"], bench, "max")
-    assert value.tolist() == pytest.approx([0.1**0.5, 1.0, 0.1**0.5])
+    assert value.tolist() == pytest.approx([1.0, 0.001**0.5, 0.01])
 
 
 def test_a_weight_is_a_factor_beside_the_budgets(model: MultiTaskModel, tmp_path: Path) -> None:
@@ -472,10 +473,18 @@ def test_rounding_by_measurement_needs_a_device(model: MultiTaskModel, bench: Be
         prune(macs=0.6, round_to="measured").run(model, bench)
 
 
+def test_a_killed_stage_is_told_what_it_was_told_before(model: MultiTaskModel, tmp_path: Path) -> None:
+    times = iter([0.9, 0.7, 0.5, 0.3])
+    first = replayed(lambda _: next(times), tmp_path / "partial")
+    assert [first(model), first(model)] == [0.9, 0.7]
+    again = replayed(lambda _: next(times), tmp_path / "partial")
+    assert [again(model), again(model), again(model)] == [0.9, 0.7, 0.5]
+    assert replayed(lambda _: next(times), tmp_path / "other")(model) == 0.3
+
+
 def test_speed_is_a_share_of_the_originals(model: MultiTaskModel) -> None:
     from networks import cpu_device, host_bits
 
-    from compressor.speed import Speed
     from targets.cpu import CpuTarget
 
     speed = Speed(model, CpuTarget(), cpu_device(bits=host_bits()), 1, 0)

@@ -170,7 +170,9 @@ def test_training_leaves_batch_norm_at_plain_averages_over_its_last_steps(
     trained: MultiTaskModel, bench: Bench
 ) -> None:
     model, seen = trained.clone(), []
-    model.module.stem[0].register_forward_hook(lambda _, __, out: seen.append(out.detach().mean((0, 2, 3))))
+    model.module.stem[0].register_forward_hook(
+        lambda layer, _, out: seen.append(out.detach().mean((0, 2, 3))) if layer.training else None
+    )
     train(model, bench, Training(steps=30, learning_rate=1e-12), "settle", 0)
     assert len(seen) == 30
     assert torch.allclose(model.module.stem[1].running_mean, torch.stack(seen[-20:]).mean(0), atol=1e-5)
@@ -183,7 +185,9 @@ def test_each_check_sees_batch_norm_at_plain_averages_over_the_steps_before_it(
     """No average reaches back over a check; the last is of all steps since one, where it would have a check inside."""
     bench = tiny.bench(trained, tmp_path, size=0.05)
     model, seen, means = trained.clone(), [], []
-    model.module.stem[0].register_forward_hook(lambda _, __, out: seen.append(out.detach().mean((0, 2, 3))))
+    model.module.stem[0].register_forward_hook(
+        lambda layer, _, out: seen.append(out.detach().mean((0, 2, 3))) if layer.training else None
+    )
 
     def scores(candidate: MultiTaskModel) -> dict[str, float]:
         means.append(candidate.module.stem[1].running_mean.clone())

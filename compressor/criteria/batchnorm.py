@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from compressor.bench import Bench, running_norms
-from compressor.channels import Axis
+from compressor.channels import FIXED, Axis
 from compressor.errors import CompressError
 from compressor.groups import Prunable
 from compressor.model import MultiTaskModel
@@ -27,8 +27,9 @@ def score(model: MultiTaskModel, prunable: Prunable, bench: Bench, batches: int)
     for name, parameter in model.module.named_parameters():
         classes = prunable.channels.axes.get(Axis(name, 0))
         if id(parameter) in norms and classes is not None:
-            score_C.index_add_(0, classes, parameter.detach().abs())
+            score_C.index_add_(0, classes, parameter.detach().abs().float())
             scaled_C[classes] = True
     if not bool(scaled_C.any()):
         raise CompressError("The network has no batch norm with a scale; use another criterion than 'batchnorm'.")
+    score_C[FIXED] = 0.0  # which stands for many
     return torch.where(scaled_C, score_C, score_C.max()).expand(len(model.tasks), -1).clone()

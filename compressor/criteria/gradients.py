@@ -48,7 +48,7 @@ def by_task(
 def sums_by_class(value: Tensor, axis: Axis, classes: Tensor, class_count: int) -> Tensor:
     """(class,) sums of a tensor over all its axes but one, by that axis's classes."""
     others = [dim for dim in range(value.dim()) if dim != axis.dim]
-    return torch.zeros(class_count).index_add_(0, classes, value.sum(others) if others else value)
+    return torch.zeros(class_count).index_add_(0, classes, (value.sum(others) if others else value).float())
 
 
 def _losses(model: MultiTaskModel, bench: Bench, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:

@@ -17,6 +17,8 @@ from profiles.settings import Settings
 class Stage(Protocol):
     """Takes a model, returns a new one; `kind` is its name in a recipe, `train_steps` what it costs if all goes well.
 
+    `check` refuses, before the first stage runs, what the model as it was brought, its tasks and budgets do not allow.
+
     A stage is a `profiles.settings.Settings`: its settings are checked when the recipe is read, and decide with the
     code whether stored work is still good.
     """
@@ -26,6 +28,7 @@ class Stage(Protocol):
     @property
     def train_steps(self) -> int: ...
     def model_dump(self) -> dict[str, Any]: ...
+    def check(self, model: MultiTaskModel, bench: Bench) -> None: ...
     def run(self, model: MultiTaskModel, bench: Bench) -> MultiTaskModel: ...
 
 

@@ -24,6 +24,9 @@ class Pathway(Settings):
     def train_steps(self) -> int:
         return 0
 
+    def check(self, model: MultiTaskModel, bench: Bench) -> None:
+        """It takes any model."""
+
     def run(self, model: MultiTaskModel, bench: Bench) -> MultiTaskModel:
         """The model without those channels.
 

@@ -91,31 +91,41 @@ class Prune(Settings):
     def train_steps(self) -> int:
         return self.rounds * (self.recover.steps if self.recover else 0)
 
-    def run(self, model: MultiTaskModel, bench: Bench) -> MultiTaskModel:
-        """The furthest point towards the goal at which every task is inside its (slackened) budget."""
+    def check(self, model: MultiTaskModel, bench: Bench) -> None:
+        """Refuse what the model, its tasks and budgets do not allow, before any work."""
         names = [task.name for task in model.tasks]
         if unknown := sorted(set(self.weights) - set(names)):
             raise CompressError(f"weights: no task '{unknown[0]}'.{did_you_mean(unknown[0], names)}")
+        if self.search == "sequential" and not bench.budgets:
+            raise CompressError("search = 'sequential' goes by budgets, and the recipe has none; give [budgets].")
+        if self.recover is not None:
+            self.recover.check(model, bench)
+
+    def run(self, model: MultiTaskModel, bench: Bench) -> MultiTaskModel:
+        """The furthest point towards the goal at which every task is inside its (slackened) budget."""
+        self.check(model, bench)
         if self.round_to == "measured":
             return self._rounded(model, bench).run(model, bench)
         for operator, layers in left_whole(Prunable.of(model).channels).items():
             bench.note(f"left whole, because of what {operator} does with their channels: {some(layers)}.")
         if self.latency is None:
-            return self._rounds(model, bench, (self.macs, self.parameters), self.rounds)[0]
+            least = self._least(Prunable.of(model))
+            return self._rounds(model, bench, (self.macs, self.parameters), self.rounds, least)[0]
         if bench.speed is None:
             raise CompressError("prune has a goal in latency, but there is no device to measure it on.")
         macs = self._macs_for(self.latency, model, bench, bench.speed)
         if macs == 1 and self.parameters is None:
             bench.note(f"nothing was pruned: the latency is within {self.latency:.1%} of the original's as it is.")
             return model
-        found, whole = self._rounds(model, bench, (macs, self.parameters), self.rounds)
+        least = self._least(Prunable.of(model))
+        found, whole = self._rounds(model, bench, (macs, self.parameters), self.rounds, least)
         for corrections in range(_CORRECTIONS, -1, -1):
             reached = bench.speed(found)
             bench.progress.line(f"  latency {reached:.1%} of the original's")
             if reached <= self.latency or not whole:
                 break
             if corrections:  # the channels that went in the end are not those that were measured
-                found, whole = self._rounds(found, bench, (0.99 * self.latency / reached, None), 1)
+                found, whole = self._rounds(found, bench, (0.99 * self.latency / reached, None), 1, least)
         if reached > (1 + _CLOSE) * self.latency:
             bench.fall_short(f"prune ended at {reached:.1%} of the original's latency instead of {self.latency:.1%}.")
         return found
@@ -126,14 +136,14 @@ class Prune(Settings):
         """The share of multiply-adds at which the network, cut without training, takes that share of the latency."""
         start = Prunable.of(model)
         full = start.cost(start.keep_all())
-        multiple, floors = self._widths(start, bench)
+        multiple, least = self._multiple(bench), self._least(start)
         guess = self.model_copy(update={"search": "value" if self.search == "sequential" else self.search})
         low, high, share = (0.0, 0.0), (1.0, speed(model)), latency  # (multiply-adds, latency) that do, that do not
         if high[1] <= latency:
-            return 1.0
+            return self.macs or 1.0
         for _ in range(_MEASURED):
             goal = _goal(full, (share, self.parameters), 1.0)
-            cut = guess._shrink(model, bench, goal, multiple, floors)
+            cut = guess._shrink(model, bench, goal, multiple, least)
             reached = speed(cut.model)
             bench.progress.line(f"  {_left(cut.costs, full)}: latency {reached:.1%} of the original's")
             if (1 - _CLOSE) * latency <= reached <= latency:
@@ -145,13 +155,21 @@ class Prune(Settings):
             share = low[0] or share
         return min(share, self.macs or 1.0)
 
-    def _widths(self, start: Prunable, bench: Bench) -> tuple[int, dict[str, int]]:
-        """What widths are multiples of, and the least width of each group."""
-        multiple = bench.multiple if self.round_to == "measured" else self.round_to or bench.multiple
-        return multiple, {
-            group.name: max(min(group.step(multiple), len(group)), ceil(self.keep_at_least * len(group)))
-            for group in start.groups
-        }
+    def _multiple(self, bench: Bench) -> int:
+        """What widths are multiples of."""
+        return bench.multiple if self.round_to == "measured" else self.round_to or bench.multiple
+
+    def _least(self, start: Prunable) -> dict[str, int]:
+        """The least number of channels to keep of each group that there is at first, and of each of its layers.
+
+        Groups may come apart when they are cut: queries and keys of a single head need not be cut with its values.
+        """
+        least: dict[str, int] = {}
+        for group in start.groups:
+            channels = ceil(self.keep_at_least * len(group)) * group.span
+            for name in (group.name, *group.layers):
+                least[name] = min(least.get(name, channels), channels)
+        return least
 
     def _rounded(self, model: MultiTaskModel, bench: Bench) -> "Prune":
         """These settings with a number for `round_to`: the finest multiple that costs no more time a multiply-add.
@@ -169,7 +187,7 @@ class Prune(Settings):
         multiple = bench.multiple
         while multiple >= min(_FINEST, bench.multiple):
             tried = self.model_copy(update={"round_to": multiple, "search": search})
-            cut = tried._shrink(model, bench, goal, *tried._widths(start, bench))
+            cut = tried._shrink(model, bench, goal, multiple, self._least(start))
             took[multiple] = bench.speed(cut.model) / max(cut.costs[0] / full[0], 1e-9)
             multiple //= 2
         best = min(m for m in took if took[m] <= (1 + _EQUAL) * min(took.values()))
@@ -178,12 +196,13 @@ class Prune(Settings):
         return self.model_copy(update={"round_to": best})
 
     def _rounds(
-        self, model: MultiTaskModel, bench: Bench, fractions: tuple[float | None, float | None], rounds: int
+        self, model: MultiTaskModel, bench: Bench, fractions: tuple[float | None, float | None], rounds: int,
+        least: Mapping[str, int],
     ) -> tuple[MultiTaskModel, bool]:
         """The furthest point towards fractions of what is given, and whether that is all the way."""
         start = Prunable.of(model)
         full = start.cost(start.keep_all())
-        multiple, floors = self._widths(start, bench)
+        multiple = self._multiple(bench)
         good, sizes, why = model, full, ""
         done, failed, turn, tries = 0.0, 0.0, 0, self.retries
         while done < 1:
@@ -191,7 +210,7 @@ class Prune(Settings):
             step = round(done * rounds) + 1
             aim = (done + failed) / 2 if failed else step / rounds
             goal = _goal(full, fractions, aim)
-            cut = self._shrink(good, bench, goal, multiple, floors)
+            cut = self._shrink(good, bench, goal, multiple, least)
             title = f"prune {step}/{rounds}" if not failed else f"prune, a smaller step ({tries} left)"
             if self.recover and self.recover.steps:  # which leaves batch norm better estimated than a few batches would
                 train(cut.model, bench, self.recover, title, bench.seed + turn)
@@ -202,7 +221,7 @@ class Prune(Settings):
             bench.progress.line(f"  {title}: {_left(cut.costs, full)}; {told}")
             if over := bench.over(scores, self.slack):
                 worst, failed = bench.worst(scores), aim
-                why = f"with {_left(cut.costs, full)} {over}, which needs most of what went from '{cut.culprit(worst)}'"
+                why = f"with {_left(cut.costs, full)} {over}{cut.culprit(worst)}"
             else:
                 narrower, sizes = cut.costs != sizes, cut.costs
                 good = cut.model
@@ -227,11 +246,18 @@ class Prune(Settings):
         return f"no group may become narrower (widths are multiples of {cut.multiple}, {least})"
 
     def _shrink(
-        self, model: MultiTaskModel, bench: Bench, goal: Costs, multiple: int, floors: Mapping[str, int]
+        self, model: MultiTaskModel, bench: Bench, goal: Costs, multiple: int, least: Mapping[str, int]
     ) -> "_Shrunk":
-        """A copy cut to the goal, shown to answer as the uncut network does with the same channels zeroed."""
+        """A copy cut to the goal, shown to answer as the uncut network does with the same channels zeroed.
+
+        Raises:
+            CompressError: `weights` are given, and the criterion tells no task from another.
+        """
         prunable = Prunable.of(model)
         score_TC = CRITERIA[self.criterion](model, prunable, bench, self.batches)
+        if self.weights and len(score_TC) > 1 and bool((score_TC == score_TC[0]).all()):
+            raise CompressError(f"criterion '{self.criterion}' scores channels for no task alone; leave 'weights' out.")
+        floors = {group.name: _floor(group, multiple, least) for group in prunable.groups}
         value_C = combine(score_TC, [task.name for task in model.tasks], bench, self.combine, self.weights)
         groups, stopped = list(prunable.groups), dict[str, str]()
         while True:
@@ -269,9 +295,10 @@ class _Shrunk:
     multiple: int
 
     def culprit(self, task: str) -> str:
-        """The group whose channels that went were worth most to a task."""
+        """", which needs most of what went from 'x'": the group whose lost channels were worth most to a task."""
         row_C = self.score_TC[self.tasks.index(task)]
-        return max(self.groups, key=lambda g: float(row_C[g.classes[~self.keep[g.classes]]].sum())).name
+        lost = {g.name: float(row_C[g.classes[~self.keep[g.classes]]].sum()) for g in self.groups}
+        return f", which needs most of what went from '{max(lost, key=lambda n: lost[n])}'" if lost else ""
 
 
 def combine(
@@ -297,9 +324,18 @@ def combine(
 
 def _relative_budget(bench: Bench, task: str) -> float:
     before = abs(bench.before.get(task, 0.0))
-    if task not in bench.budgets or not before:
+    if task not in bench.budgets:
         return 1.0
-    return min(1.0, max(bench.budgets[task].allowed(before) / before, 1e-4))
+    allowed = bench.budgets[task].allowed(before)
+    return min(1.0, max(allowed / before if before else float(allowed > 0), 1e-4))
+
+
+def _floor(group: Group, multiple: int, least: Mapping[str, int]) -> int:
+    """The least width of a group: of what its layers must keep the least, in whole steps."""
+    known = [group.name] if group.name in least else group.layers
+    channels = [least[name] for name in known if name in least]
+    step = group.step(multiple)
+    return min(len(group), max(step, ceil(ceil(min(channels, default=1) / group.span) / step) * step))
 
 
 def _goal(full: Costs, fractions: tuple[float | None, float | None], share: float) -> Costs:

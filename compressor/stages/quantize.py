@@ -61,12 +61,20 @@ class Quantize(Settings):
     def train_steps(self) -> int:
         return 0
 
+    def check(self, model: MultiTaskModel, bench: Bench) -> None:
+        """Refuse a name in `keep` that no layer has."""
+        known = layer_names(folded(as_brought(model, model.inputs)))
+        for module in self.keep:
+            if not _under(known, module):
+                raise CompressError(f"quantize: no layer '{module}'.{did_you_mean(module, known.values())}")
+
     def run(self, model: MultiTaskModel, bench: Bench) -> MultiTaskModel:
         """The model on its grids.
 
         Raises:
             CompressError: it already is quantized, has no layer that could be, or none of a name in `keep`.
         """
+        self.check(model, bench)
         if model.quantization is not None:
             raise CompressError("The network is quantized already; a recipe has one 'quantize' stage.")
         work = _Work(self, model.clone(), bench)
@@ -108,13 +116,7 @@ class _Work:
 
     def asked_to_stay(self) -> list[str]:
         """The contractions of the modules in `keep`."""
-        found = []
-        for module in self.how.keep:
-            these = [node for node, name in self.names.items() if name == module or name.startswith(f"{module}.")]
-            if not these:
-                raise CompressError(f"quantize: no layer '{module}'.{did_you_mean(module, self.names.values())}")
-            found += these
-        return found
+        return [node for module in self.how.keep for node in _under(self.names, module)]
 
     def quantized(self, whole: Sequence[str]) -> MultiTaskModel:
         """The model with all but some contractions on grids."""
@@ -163,6 +165,11 @@ class _Work:
             names = some([self.names[layer] for layer in kept])
             bench.note(f"left in floating point, {share:.1%} of the multiply-adds: {names}.")
         return found, scores
+
+
+def _under(names: Mapping[str, str], module: str) -> list[str]:
+    """The nodes of a module and those inside it."""
+    return [node for node, name in names.items() if name == module or name.startswith(f"{module}.")]
 
 
 def _told(scores: Mapping[str, float]) -> str:

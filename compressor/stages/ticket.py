@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.bench import Bench, reestimate_batchnorm
 from compressor.channels import Axis
@@ -125,6 +125,10 @@ class Ticket(Settings):
         each = 2 if self.saliency == "learnt" else 1
         return self.train.steps * (self.turns * each + (1 if isinstance(self.rewind, int) else 0))
 
+    def check(self, model: MultiTaskModel, bench: Bench) -> None:
+        """Refuse a training that the tasks and budgets do not allow."""
+        self.train.check(model, bench)
+
     def run(self, model: MultiTaskModel, bench: Bench) -> MultiTaskModel:
         """The sparsest found at which every task is inside its (slackened) budget; masks nest from round to round.
 
@@ -134,6 +138,9 @@ class Ticket(Settings):
         pattern, names = Pattern.parse(self.pattern), prunable(model.module, self.prune_also)
         if not names:
             raise CompressError("ticket: the network has no convolution and no linear layer; see 'prune_also'.")
+        if turned := [name for name in names if pattern != Pattern() and _turned(model.module, name)]:
+            bench.note(f"left whole, as '{self.pattern}' is for rows of outputs: {', '.join(turned)}.")
+            names = [name for name in names if name not in turned]
         if odd := [name for name in names if not pattern.fits(tensor_of(model.module, name))]:
             how = "left whole" if pattern.of else "pruned weight by weight"
             bench.note(f"{how}, because their size does not fit '{self.pattern}': {', '.join(odd)}.")
@@ -244,12 +251,19 @@ class _Course:
         for path in self.paths:
             last, after = (1.0, *path)[before : before + 2]
             shares.append(last * (after / last) ** (turn - before))
-        return [round(shares[number % len(shares)] * size) for number, size in enumerate(self.given)]
+        wanted = [round(shares[number % len(shares)] * size) for number, size in enumerate(self.given)]
+        return [max(left, min(1, size)) for left, size in zip(wanted, self.given, strict=True)]
 
     def masks(self, score: Scores, living: Scores, left: Sequence[int]) -> dict[str, Tensor]:
         if self.pattern.of:
             return keep_n_of_m(score, living, left[0], self.pattern.of)
         return keep_most(score, living, self.pool, left, self.pattern.block)
+
+
+def _turned(module: nn.Module, name: str) -> bool:
+    """Is a weight a transposed convolution's, whose first dimension is its inputs?"""
+    owner = module.get_submodule(name.rpartition(".")[0])
+    return isinstance(owner, nn.modules.conv._ConvTransposeNd) and name.endswith("weight")
 
 
 def rewind(model: MultiTaskModel, state: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> MultiTaskModel:

@@ -1,0 +1,234 @@
+"""Networks that users bring: code that views memory, odd ranks and types, cuts that take groups apart."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from plain import setup, task
+from torch import Tensor, nn
+from torch.nn.functional import max_pool2d
+
+from compressor.bench import reestimate_batchnorm
+from compressor.budgets import Budget, margins
+from compressor.channels import FIXED
+from compressor.criteria import CRITERIA
+from compressor.errors import CompressError
+from compressor.groups import Prunable
+from compressor.record import sizes_of
+from compressor.report.schema import TaskResult
+from compressor.stages.finetune import Finetune
+from compressor.stages.prune import Prune
+from compressor.stages.ticket import Ticket
+from compressor.training import Training
+
+IMAGE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def finetune(**settings: object) -> Finetune:
+    return Finetune(kind="finetune", **({"steps": 4} | settings))  # type: ignore[arg-type]
+
+
+def prune(**settings: object) -> Prune:
+    return Prune(kind="prune", **({"batches": 2, "rounds": 1, "round_to": 1} | settings))  # type: ignore[arg-type]
+
+
+def dense() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1))
+
+
+class Viewing(nn.Module):
+    """Counts on contiguous memory, as much code does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = max_pool2d(self.body(x).relu(), 2)
+        return self.head(y.view(y.size(0), -1))
+
+
+class Gridded(nn.Module):
+    """Has a buffer of five dimensions, as some detectors do."""
+
+    grid: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+        self.register_buffer("grid", torch.rand(1, 1, 8, 8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).relu() * self.grid[..., 0])
+
+
+@pytest.mark.parametrize("make", [Viewing, Gridded, dense])
+def test_it_trains_whatever_memory_the_code_counts_on(make: type[nn.Module], tmp_path: Path) -> None:
+    model, bench = setup(make, (IMAGE,), tmp_path)
+    tuned = finetune().run(model, bench)
+    before, after = model.module.state_dict(), tuned.module.state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert all(value.is_contiguous() for value in after.values())
+
+
+def test_dense_answers_are_scored_during_a_training_and_as_slices(tmp_path: Path) -> None:
+    """torchmetrics views what it compares."""
+    model, bench = setup(dense, (IMAGE,), tmp_path, task("a", (0, 2)), task("b", (2, 3)), a="100 %", b="100 %")
+    assert set(bench.before) == {"a", "b"}
+    tuned = finetune(check_every=2).run(model, bench)
+    assert set(bench.scores(tuned)) == {"a", "b"}
+
+
+def test_checks_do_with_weights_that_hooks_compute(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        with pytest.warns(FutureWarning):
+            return nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+    model, bench = setup(make, (IMAGE,), tmp_path, t="100 %")
+    tuned = finetune(check_every=2).run(model, bench)
+    assert bench.scores(tuned)
+
+
+def test_batch_norm_that_cannot_be_estimated_is_told(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 2)
+        )
+
+    model, bench = setup(make, (IMAGE,), tmp_path, batch_size=1)
+    with pytest.raises(CompressError, match="Batch norm cannot be estimated on the calibrate split: Expected more"):
+        reestimate_batchnorm(model.module, bench.calibration(2))
+    with pytest.raises(CompressError, match="finetune: batch norm cannot be trained on so small a batch"):
+        finetune().run(model, bench)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        y = (q @ k.transpose(2, 3) * 0.5).softmax(3) @ v
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+def grouped() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 1), nn.ReLU(), nn.Conv2d(12, 12, 1, groups=6), nn.ReLU(), nn.Conv2d(12, 2, 1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "example"), [(grouped, IMAGE), (Attention, torch.randn(1, 5, 16))], ids=["groups", "heads"]
+)
+def test_rounds_go_on_when_a_cut_takes_groups_apart(make: type[nn.Module], example: Tensor, tmp_path: Path) -> None:
+    model, bench = setup(make, (example,), tmp_path)
+    before = {group.name for group in Prunable.of(model).groups}
+    found = prune(macs=0.12, rounds=4).run(model, bench)
+    assert {group.name for group in Prunable.of(found).groups} != before
+    assert sum(p.numel() for p in found.module.parameters()) < sum(p.numel() for p in model.module.parameters())
+
+
+def plain_chain() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Conv2d(40, 40, 3), nn.ReLU(), nn.Conv2d(40, 2, 3))
+
+
+def test_a_goal_in_multiply_adds_holds_where_the_latency_is_met_already(tmp_path: Path) -> None:
+    model, bench = setup(plain_chain, (IMAGE,), tmp_path)
+    bench.speed = lambda _: 0.5
+    found = prune(macs=0.5, latency=0.9).run(model, bench)
+    assert sizes_of(found)[0] <= 0.5 * sizes_of(model)[0]
+
+
+def test_no_group_gets_narrower_than_it_may_however_often_it_is_cut(tmp_path: Path) -> None:
+    model, bench = setup(plain_chain, (IMAGE,), tmp_path)
+    speeds = iter([1.0, *[0.6] * 7, 0.9, 0.8, 0.7, 0.7])
+    bench.speed = lambda _: next(speeds)
+    found = prune(latency=0.2, keep_at_least=0.5).run(model, bench)
+    widths = [len(layer.weight) for layer in found.module if isinstance(layer, nn.Conv2d)]
+    assert min(widths[:2]) >= 20
+
+
+@pytest.mark.parametrize("search", ["uniform", "value"])
+def test_widths_are_multiples_at_their_least_too(search: str, tmp_path: Path) -> None:
+    model, bench = setup(plain_chain, (IMAGE,), tmp_path)
+    found = prune(macs=0.05, search=search, round_to=8, keep_at_least=0.3).run(model, bench)
+    assert [len(layer.weight) for layer in found.module if isinstance(layer, nn.Conv2d)] == [16, 16, 2]
+
+
+def test_a_budget_overspent_without_any_group_is_told(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1))
+
+    model, bench = setup(make, (IMAGE,), tmp_path, t=0.0)
+    prune(macs=0.5).run(model, bench)
+    assert bench.short and bench.notes
+
+
+def test_channels_without_a_batch_norm_are_worth_the_largest_scale_of_one_channel(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 64, 1),
+            nn.BatchNorm2d(64),
+        )
+
+    model, bench = setup(make, (IMAGE,), tmp_path)
+    prunable = Prunable.of(model)
+    score_TC = CRITERIA["batchnorm"](model, prunable, bench, 1)
+    assert {float(value) for value in score_TC[0][torch.arange(score_TC.shape[1]) != FIXED]} == {1.0}
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "magnitude", "magnitude-group"])
+def test_networks_in_double_precision_are_scored(criterion: str, tmp_path: Path) -> None:
+    model, bench = setup(lambda: dense().double(), (IMAGE.double(),), tmp_path)
+    prunable = Prunable.of(model)
+    score_TC = CRITERIA[criterion](model, prunable, bench, 1)
+    assert score_TC.dtype == torch.float32 and bool(score_TC.isfinite().all()) and float(score_TC.sum()) > 0
+
+
+def test_weights_that_no_criterion_heeds_are_refused(tmp_path: Path) -> None:
+    model, bench = setup(dense, (IMAGE,), tmp_path, task("a", (0, 2)), task("b", (2, 3)))
+    with pytest.raises(CompressError, match="'magnitude' scores channels for no task alone; leave 'weights' out"):
+        prune(macs=0.5, criterion="magnitude", weights={"a": 3.0}).run(model, bench)
+
+
+def test_patterns_leave_transposed_convolutions_whole_and_say_so(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, 2), nn.Conv2d(4, 4, 1))
+
+    model, bench = setup(make, (IMAGE,), tmp_path)
+    found = Ticket(kind="ticket", pattern="2:4", rounds=1, train=Training(steps=0)).run(model, bench)
+    assert "2.weight" not in found.masks and not found.masks["3.weight"].all()
+    assert bench.notes[0] == "left whole, as '2:4' is for rows of outputs: 2.weight."
+
+
+def test_the_smallest_layer_keeps_a_weight(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 1, 1), nn.Conv2d(1, 4, 3))
+
+    model, bench = setup(make, (IMAGE,), tmp_path)
+    ticket = Ticket(kind="ticket", keep_ratio=0.3, scope="layer", rounds=1, train=Training(steps=0))
+    assert int(ticket.run(model, bench).masks["1.weight"].sum()) == 1
+
+
+def test_learnt_thresholds_are_those_of_the_end_of_their_training(tmp_path: Path) -> None:
+    model, bench = setup(dense, (IMAGE,), tmp_path, t="100 %")
+    how = Training(steps=12, check_every=3, stop_at_margin=0.0, weighting="margins")
+    Ticket(kind="ticket", keep_ratio=0.3, saliency="learnt", rounds=1, train=how).run(model, bench)
+    assert not any("thresholds" in note for note in bench.notes)
+
+
+@pytest.mark.parametrize("samples", [100, 200, 1000])
+@pytest.mark.parametrize("points", [1, 2, 5])
+def test_a_drop_of_exactly_the_budget_is_inside_it(samples: int, points: int) -> None:
+    t, budget = task(), Budget.parse(points / 100)
+    lost = points * samples // 100
+    for wrong in range(1, samples - lost):
+        before, after = (float(torch.tensor(k / samples)) for k in (wrong, wrong + lost))  # an error, in float32
+        assert margins((t,), {"t": budget}, {"t": before}, {"t": after})["t"] >= 0
+        told = TaskResult.of("t", "mae", higher_is_better=False, before=before, after=after, budget=points / 100,
+                             budget_text="", split="validate", split_sha256="0" * 64)  # fmt: skip
+        assert told.within_budget
+    assert margins((t,), {"t": budget}, {"t": 0.5}, {"t": 0.5 + points / 100 + 1e-4})["t"] < 0
