@@ -189,6 +189,32 @@ def _resize(builder: relax.BlockBuilder, inputs: Sequence[Any], attrs: dict[str,
     return builder.emit_te(resize, x, *tables)
 
 
+def _dequantize(builder: relax.BlockBuilder, inputs: Sequence[Any], attrs: dict[str, Any]) -> Any:
+    """Integers on a grid as the real numbers they stand for: constants at once, others without ever being integers.
+
+    A target without int8 kernels computes in float32 in any case, and a value that stays there can be fused with what
+    makes it and what reads it.
+    """
+    x, scale, zero = [*inputs, None][:3]
+    if not isinstance(scale, np.ndarray) or not isinstance(zero, np.ndarray):
+        return None
+    if isinstance(x, np.ndarray):
+        along = [-1 if d == attrs.get("axis", 1) % max(1, x.ndim) else 1 for d in range(x.ndim)]
+        scale, zero = (part.reshape(along) if part.size > 1 else part for part in (scale, zero))
+        return relax.const((x.astype(np.float32) - zero.astype(np.float32)) * scale)
+    made = builder.lookup_binding(x) if isinstance(x, relax.Var) else x
+    if made is None or getattr(getattr(made, "op", None), "name", "") != "relax.quantize":
+        return None
+    given = [value.value.numpy() for value in made.args[1:] if isinstance(value, tvm.ir.GenericConst)]
+    if len(given) < 2 or given[0].size > 1 or not np.array_equal(given[0], scale) or not np.array_equal(given[1], zero):
+        return None
+    bounds, step = np.iinfo(given[1].dtype), relax.const(float(scale.item()), "float32")
+    low, high = (relax.const(float(bound - int(zero.item())), "float32") for bound in (bounds.min, bounds.max))
+    steps = builder.emit(relax.op.round(builder.emit(relax.op.divide(made.args[0], step))))
+    inside = builder.emit(relax.op.minimum(builder.emit(relax.op.maximum(steps, low)), high))
+    return relax.op.multiply(inside, step)
+
+
 _DIRECT: dict[str, Callable[[relax.BlockBuilder, Sequence[Any], dict[str, Any]], Any]] = {
-    "Clip": _clip, "Pad": _pad, "Resize": _resize,
+    "Clip": _clip, "DequantizeLinear": _dequantize, "Pad": _pad, "Resize": _resize,
 }

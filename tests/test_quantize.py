@@ -16,10 +16,11 @@ from compressor.errors import CompressError
 from compressor.export import run, session, to_program
 from compressor.model import MultiTaskModel
 from compressor.pathway import extract
+from compressor.quantization.calibrate import grids, seen
 from compressor.quantization.grids import Grid
 from compressor.quantization.points import points
 from compressor.quantization.ranges import Histogram, weight_scales
-from compressor.quantization.simulate import folded
+from compressor.quantization.simulate import computed, folded
 from compressor.recipe import load
 from compressor.stages.finetune import Finetune
 from compressor.stages.prune import Prune
@@ -98,6 +99,28 @@ def test_weight_scales_are_by_channel_and_never_zero() -> None:
     plain = scales[:, None, None, None]
     error = [float((weight - (weight / s).round().clamp(-127, 127) * s).square().sum()) for s in (best, plain)]
     assert error[0] <= error[1]
+
+
+def test_what_is_infinite_gets_no_grid() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+            self.register_buffer("mask", torch.tensor([0.0, 0.0, 0.0, -torch.inf]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b((self.a(x) + self.mask).softmax(-1))
+
+    model = of(Masked(), torch.rand(1, 4))
+    network = folded(trace(model))
+    where = points(network)
+    assert "add" in where.values
+    histograms = seen(lambda _: network, where.values, [model.inputs])
+    found = grids(computed(network), where, histograms, ("mse", "mse"), 0)
+    assert set(where.values) - set(found.values) == {"add"}
+    model.quantization = found
+    answer = model.answers(*model.inputs)["t"]
+    assert answer.isfinite().all() and torch.allclose(answer, network(*model.inputs)[0], atol=0.05)
 
 
 # --- what is put on grids
@@ -254,8 +277,9 @@ def test_a_budget_keeps_the_layers_that_win_most_in_floating_point(model: MultiT
     bench.notes.clear()
     found = quantize(answers="int8", most_kept=1.0).run(model, bench)
     assert bench.margins(bench.scores(found))["size"] > bench.margins(bench.scores(whole))["size"]
-    assert bench.notes[0].startswith("of its budget the worst task wins back most where these stay in floating point:")
-    assert bench.notes[1].startswith("left in floating point, ")
+    assert bench.notes[0] == "10 values and 7 weights lie on grids, from 4 batches of the calibrate split."
+    assert bench.notes[1].startswith("of its budget the worst task wins back most where these stay in floating point:")
+    assert bench.notes[2].startswith("left in floating point, ")
 
 
 def test_what_cannot_be_quantized_is_refused(model: MultiTaskModel, bench: Bench) -> None:

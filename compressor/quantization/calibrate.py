@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, fx
 
+from compressor.errors import CompressError
 from compressor.graph import argument, tensor_of
 from compressor.quantization.grids import Grid, Quantization
 from compressor.quantization.points import Points
@@ -38,13 +39,17 @@ def grids(
     network: fx.GraphModule, where: Points, histograms: Mapping[str, Histogram], rules: tuple[Rule, Rule],
     percentile: float,
 ) -> Quantization:
-    """The grids of those values, and of the weights.
+    """The grids of those values, and of the weights; a value that is infinite in places, as masks are, gets none.
 
     Args:
         network: a folded trace, computed.
         rules: for values, for weights.
+
+    Raises:
+        CompressError: a contraction reads such a value.
     """
-    values: dict[str, Grid] = {name: histograms[name].grid(rules[0], percentile) for name in where.values}
+    finite = [name for name in where.values if histograms[name].finite]
+    values: dict[str, Grid] = {name: histograms[name].grid(rules[0], percentile) for name in finite}
     scales = {}
     for node in network.graph.nodes:
         if node.name in where.weighted:
@@ -59,7 +64,8 @@ def _least(network: fx.GraphModule, node: fx.Node, values: Mapping[str, Grid]) -
     if not isinstance(bias, fx.Node) or bias.op != "get_attr":
         return torch.zeros(1)
     while isinstance(source, fx.Node) and source.name not in values:
-        source = source.args[0]
-    assert isinstance(source, fx.Node)  # what a contraction reads lies on a grid
+        source = source.args[0] if source.args else None
+    if not isinstance(source, fx.Node):
+        raise CompressError(f"What '{node.name}' reads is infinite on the calibrate split, where no grid reaches.")
     least = tensor_of(network, str(bias.target)).detach().abs() / (LARGEST_BIAS * values[source.name].scale)
     return least if channel_dim(node) is not None else least.max().reshape(1)

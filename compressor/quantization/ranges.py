@@ -19,17 +19,19 @@ class Histogram:
 
     Attributes:
         low, high: extremes seen, exactly; both 0 before anything was.
+        finite: whether all was; such as masks are not, and nothing is counted of them.
     """
 
     def __init__(self) -> None:
-        self.low, self.high = 0.0, 0.0
+        self.low, self.high, self.finite = 0.0, 0.0, True
         self._reach = 0.0  # the bins go from -reach to reach
         self._counts = torch.zeros(_BINS, dtype=torch.float64)
 
     def add(self, values: Tensor) -> None:
-        """Count in every element; each must be finite."""
+        """Count in every element."""
         flat = values.detach().float().flatten()
-        if not len(flat):
+        self.finite = self.finite and bool(flat.isfinite().all())
+        if not len(flat) or not self.finite:
             return
         low, high = (float(x) for x in torch.aminmax(flat))
         self.low, self.high = min(self.low, low), max(self.high, high)

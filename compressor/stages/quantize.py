@@ -81,6 +81,11 @@ class Quantize(Settings):
         found = work.quantized(work.asked_to_stay())
         scores = bench.scores(found)
         bench.progress.line(f"  quantize: {_told(scores)}")
+        assert found.quantization is not None
+        bench.note(
+            f"{len(found.quantization.values)} values and {len(found.quantization.scales)} weights lie on grids, from "
+            f"{len(work.batches)} batches of the calibrate split."
+        )
         if bench.over(scores, self.slack) and self.most_kept:
             found, scores = work.relieved(scores)
         if over := bench.over(scores, self.slack):

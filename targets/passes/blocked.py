@@ -31,7 +31,7 @@ _KEEP_FINITE = frozenset(
     f"relax.{name}"
     for name in (
         "nn.relu", "nn.leakyrelu", "nn.gelu", "nn.silu", "nn.softplus",
-        "sigmoid", "tanh", "erf", "negative", "abs", "clip",
+        "sigmoid", "tanh", "erf", "negative", "abs", "clip", "round",
     )
 )
 _ELEMENTWISE = _KEEP_FINITE | {"relax.exp", "relax.sqrt", "relax.rsqrt", "relax.log"}
