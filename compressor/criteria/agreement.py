@@ -7,6 +7,7 @@ from torch import Tensor
 
 from compressor.bench import Bench
 from compressor.criteria.gradients import by_task, sums_by_class
+from compressor.errors import CompressError
 from compressor.groups import Prunable
 from compressor.model import MultiTaskModel
 
@@ -18,10 +19,12 @@ def score(model: MultiTaskModel, prunable: Prunable, bench: Bench, batches: int)
     A channel that one task alone has a gradient for agrees with itself (1), one that none has is worth nothing (0).
 
     Raises:
-        CompressError: a task's loss has no gradient or is not finite.
+        CompressError: there is one task, or a task's loss has no gradient or is not finite.
 
     Source: "Structured Pruning for Multi-Task Deep Neural Networks" (CosPrune), arXiv 2304.06840.
     """
+    if len(model.tasks) < 2:
+        raise CompressError("criterion = 'agreement' compares tasks, and there is one; use 'taylor'.")
     count, tasks = prunable.class_count, range(len(model.tasks))
     writes = list(dict.fromkeys(c.writes for c in prunable.channels.contractions))
     total_C, pairs_C, reached_C = torch.zeros(count), torch.zeros(count), torch.zeros(count, dtype=torch.bool)
