@@ -220,8 +220,30 @@ def test_whole_networks(name: str) -> None:
     assert_close(found, networks.answers(program, x))
 
 
+@pytest.mark.compile
+@pytest.mark.parametrize("built", [False, True])
+def test_rounding_to_a_grid_is_onnxs(built: bool) -> None:
+    """A pair and constants by channel, as quantized programs have them; half steps go to the even one."""
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("DequantizeLinear", ["w", "sw", "zw"], ["v"], axis=1),
+        helper.make_node("Mul", ["d", "v"], ["y"]),
+    ]
+    weights = {
+        "s": np.array(0.25, np.float32), "z": np.array(-7, np.int8),
+        "w": np.arange(-10, 10, dtype=np.int8).reshape(1, 20, 1, 1), "zw": np.zeros(20, np.int8),
+        "sw": np.linspace(0.1, 0.9, 20, dtype=np.float32),
+    }
+    program = networks.node_program(nodes, {"x": (1, 20, 9, 7)}, {"y": (1, 20, 9, 7)}, weights)
+    halves = (np.arange(1260, dtype=np.float32).reshape(1, 20, 9, 7) - 630) / 8  # and far outside the grid
+    device = networks.cpu_device(bits=networks.host_bits())
+    found = networks.run_built(program, device, halves) if built else lower.reference(program)(halves)
+    assert np.array_equal(found["y"], networks.answers(program, halves)["y"])
+
+
 def test_every_supported_operator_has_a_case() -> None:
-    covered = {case.operator for case in CASES.values()}
+    covered = {case.operator for case in CASES.values()} | {"QuantizeLinear", "DequantizeLinear"}
     assert covered == lower.SUPPORTED
 
 
