@@ -16,6 +16,7 @@ SETTINGS = {
     "ticket": {"keep_ratio": 0.5, "rounds": 2, "train": {"steps": 2}},
     "finetune": {"steps": 2},
     "pathway": {},
+    "quantize": {"batches": 2},
 }
 """The least a recipe says of each; a new stage adds its line."""
 
