@@ -78,7 +78,7 @@ class Quantize(Settings):
         if model.quantization is not None:
             raise CompressError("The network is quantized already; a recipe has one 'quantize' stage.")
         work = _Work(self, model.clone(), bench)
-        found = work.quantized(work.asked_to_stay())
+        found = work.quantized(work.asked_to_stay(), corrected=self.correct_bias)
         scores = bench.scores(found)
         bench.progress.line(f"  quantize: {_told(scores)}")
         assert found.quantization is not None
@@ -123,12 +123,14 @@ class _Work:
         """The contractions of the modules in `keep`."""
         return [node for module in self.how.keep for node in _under(self.names, module)]
 
-    def quantized(self, whole: Sequence[str]) -> MultiTaskModel:
-        """The model with all but some contractions on grids."""
+    def quantized(self, whole: Sequence[str], *, corrected: bool) -> MultiTaskModel:
+        """The model with all but some contractions on grids, its biases corrected or not."""
         where = self.points(whole)
+        if new := [name for name in where.values if name not in self.histograms]:
+            self.histograms |= seen(self.trace, new, self.batches)
         rules = self.how.ranges, self.how.weights
         record = grids(computed(self.network), where, self.histograms, rules, self.how.percentile)
-        if self.how.correct_bias:
+        if corrected:
             shifts = offsets(self.trace, record, self.batches)
             record = Quantization(record.values, record.scales, shifts)
         found = self.model.clone()
@@ -138,7 +140,8 @@ class _Work:
     def relieved(self, scores: dict[str, float]) -> tuple[MultiTaskModel, dict[str, float]]:
         """With layers left in floating point, the most helpful first, until the budgets hold or too much work would be.
 
-        How much a layer helps is asked alone, all others being on grids: the margin that the worst task wins.
+        How much a layer helps is asked alone, all others being on grids and no bias corrected: the margin that the
+        worst task wins.
         """
         bench, whole = self.bench, self.asked_to_stay()
         judge = judging(bench)
@@ -148,22 +151,22 @@ class _Work:
             found = margins(model.tasks, bench.budgets, before, bench.scores(model, judge), self.how.slack)
             return min(found[t] / max(bench.budgets[t].allowed(before[t]), 1e-12) for t in found)
 
-        start = margin(self.quantized(whole))
+        start = margin(self.quantized(whole, corrected=False))
         layers = [layer for layer in self.points(()).layers if layer not in whole]
-        gains = {layer: margin(self.quantized([*whole, layer])) - start for layer in layers}
+        gains = {layer: margin(self.quantized([*whole, layer], corrected=False)) - start for layer in layers}
         layers.sort(key=lambda layer: -gains[layer])
         told = ", ".join(f"{self.names[layer]} {gains[layer]:+.0%}" for layer in layers[:5])
         bench.note(f"of its budget the worst task wins back most where these stay in floating point: {told}.")
         work = {node.name: macs_of(node) for node in self.network.graph.nodes}
         allowed = self.how.most_kept * sum(work[layer] for layer in self.points(()).layers)
-        found, kept = self.quantized(whole), list[str]()
+        found, kept = self.quantized(whole, corrected=self.how.correct_bias), list[str]()
         for layer in layers:
             if gains[layer] <= 0 or not bench.over(scores, self.how.slack):
                 break
             if sum(work[name] for name in (*kept, layer)) > allowed:
                 continue
             kept.append(layer)
-            found = self.quantized([*whole, *kept])
+            found = self.quantized([*whole, *kept], corrected=self.how.correct_bias)
             scores = bench.scores(found)
         if kept:
             share = sum(work[name] for name in kept) / max(1, sum(work[layer] for layer in self.points(()).layers))
