@@ -88,8 +88,8 @@ def random_ticket(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
 
 CHANNELS: Mapping[str, Case] = {
     OURS: stages,
-    "uniform width": partial(stages, search="uniform", criterion="magnitude"),
-    "magnitude": partial(stages, criterion="magnitude"),
+    "uniform width": partial(stages, search="uniform", criterion="magnitude", weights={}),
+    "magnitude": partial(stages, criterion="magnitude", weights={}),  # which heeds no task
     PUBLISHED: published,
     SEQUENTIAL: partial(stages, search="sequential", slack=20.0),
     "from scratch": scratch,
