@@ -1,9 +1,13 @@
-"""What every test may use: `golden`, texts that are compared with a file and rewritten on request."""
+"""What every test may use: the tiny network and a bench, and `golden`, texts that are compared with a file."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny
+
+from compressor.bench import Bench
+from compressor.model import MultiTaskModel
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -29,3 +33,15 @@ def golden(request: pytest.FixtureRequest) -> Golden:
         assert text == file.read_text(encoding="utf-8"), f"differs from tests/golden/{name}; see --update-golden"
 
     return compare
+
+
+@pytest.fixture
+def model() -> MultiTaskModel:
+    """The tiny trained network."""
+    return tiny.model()
+
+
+@pytest.fixture
+def bench(model: MultiTaskModel, tmp_path: Path) -> Bench:
+    """A bench around it, without budgets."""
+    return tiny.bench(model, tmp_path)

@@ -33,16 +33,6 @@ from compressor.workload import Task
 from targets.lower import reference
 
 
-@pytest.fixture
-def model() -> MultiTaskModel:
-    return tiny.model()
-
-
-@pytest.fixture
-def bench(model: MultiTaskModel, tmp_path: Path) -> Bench:
-    return tiny.bench(model, tmp_path)
-
-
 def quantize(**settings: object) -> Quantize:
     return Quantize(kind="quantize", **settings)  # type: ignore[arg-type]
 

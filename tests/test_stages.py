@@ -28,16 +28,6 @@ from compressor.training import Training
 from compressor.workload import Task
 
 
-@pytest.fixture
-def model() -> MultiTaskModel:
-    return tiny.model()
-
-
-@pytest.fixture
-def bench(model: MultiTaskModel, tmp_path: Path) -> Bench:
-    return tiny.bench(model, tmp_path)
-
-
 def prune(**settings: object) -> Prune:
     return Prune(kind="prune", **({"batches": 2, "round_to": 4} | settings))  # type: ignore[arg-type]
 

@@ -29,16 +29,6 @@ from compressor.thresholds import learnt
 from compressor.training import Training, train
 
 
-@pytest.fixture
-def model() -> MultiTaskModel:
-    return tiny.model()
-
-
-@pytest.fixture
-def bench(model: MultiTaskModel, tmp_path: Path) -> Bench:
-    return tiny.bench(model, tmp_path)
-
-
 def ticket(**settings: object) -> Ticket:
     """`rounds=None` leaves them out."""
     given = {"keep_ratio": 0.3, "rounds": 3, "train": Training(steps=3)} | settings

@@ -5,17 +5,16 @@ calibration batches instead of computed from batch norm, one layer after the oth
 what those before it, themselves corrected, still leave.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, fx
 
 from compressor.graph import name_of
+from compressor.quantization.calibrate import Trace
 from compressor.quantization.grids import Quantization
 from compressor.quantization.points import WEIGHTED
 from compressor.quantization.simulate import quantized
-
-Trace = Callable[[tuple[Tensor, ...]], fx.GraphModule]
 
 
 def offsets(trace: Trace, how: Quantization, batches: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:

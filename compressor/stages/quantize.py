@@ -63,6 +63,8 @@ class Quantize(Settings):
 
     def check(self, model: MultiTaskModel, bench: Bench) -> None:
         """Refuse a name in `keep` that no layer has."""
+        if not self.keep:
+            return
         known = layer_names(folded(as_brought(model, model.inputs)))
         for module in self.keep:
             if not _under(known, module):
@@ -102,11 +104,11 @@ class _Work:
         self.network = self.trace(model.inputs)
         self.names = layer_names(self.network)
         self.batches = [batch.inputs for batch in bench.calibration(how.batches)]
-        every = self.points(())
-        if not every.layers:
+        everything = points(self.network)
+        if not everything.layers:
             raise CompressError("quantize: the network has no convolution, linear layer or matrix product.")
-        loosest = points(self.network)
-        self.histograms = seen(self.trace, loosest.values, self.batches)
+        self.layers = everything.layers
+        self.histograms = seen(self.trace, everything.values, self.batches)
 
     def trace(self, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
         """The folded trace for inputs of these shapes."""
@@ -152,24 +154,24 @@ class _Work:
             return min(found[t] / max(bench.budgets[t].allowed(before[t]), 1e-12) for t in found)
 
         start = margin(self.quantized(whole, corrected=False))
-        layers = [layer for layer in self.points(()).layers if layer not in whole]
+        layers = [layer for layer in self.layers if layer not in whole]
         gains = {layer: margin(self.quantized([*whole, layer], corrected=False)) - start for layer in layers}
         layers.sort(key=lambda layer: -gains[layer])
         told = ", ".join(f"{self.names[layer]} {gains[layer]:+.0%}" for layer in layers[:5])
         bench.note(f"of its budget the worst task wins back most where these stay in floating point: {told}.")
         work = {node.name: macs_of(node) for node in self.network.graph.nodes}
-        allowed = self.how.most_kept * sum(work[layer] for layer in self.points(()).layers)
+        total = sum(work[layer] for layer in self.layers)
         found, kept = self.quantized(whole, corrected=self.how.correct_bias), list[str]()
         for layer in layers:
             if gains[layer] <= 0 or not bench.over(scores, self.how.slack):
                 break
-            if sum(work[name] for name in (*kept, layer)) > allowed:
+            if sum(work[name] for name in (*kept, layer)) > self.how.most_kept * total:
                 continue
             kept.append(layer)
             found = self.quantized([*whole, *kept], corrected=self.how.correct_bias)
             scores = bench.scores(found)
         if kept:
-            share = sum(work[name] for name in kept) / max(1, sum(work[layer] for layer in self.points(()).layers))
+            share = sum(work[name] for name in kept) / total
             names = some([self.names[layer] for layer in kept])
             bench.note(f"left in floating point, {share:.1%} of the multiply-adds: {names}.")
         return found, scores
