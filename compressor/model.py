@@ -17,7 +17,7 @@ from compressor.errors import CompressError
 from compressor.graph import tensor_of
 from compressor.quantization.grids import Quantization
 from compressor.simulation import Simulation
-from compressor.tensors import names_of, refit, set_groups, set_tensor
+from compressor.tensors import names_of, plain, refit, set_groups, set_tensor
 from compressor.workload import Task, Workload, answers
 
 WEIGHTS, SURGERY, MASKS = "weights.safetensors", "surgery.json", "masks.safetensors"
@@ -110,13 +110,12 @@ class MultiTaskModel:
         Raises:
             CompressError: the folder holds no saved model, or not one of this workload's network.
         """
-        model = cls(workload.build(), tuple(workload.tasks), tuple(workload.example_inputs()))
+        model = cls(plain(workload.build()), tuple(workload.tasks), tuple(workload.example_inputs()))
         model.cut(*_read_surgery(directory / SURGERY))
         load_weights(model.module, directory / WEIGHTS)
         if (directory / MASKS).exists():
             model.masks = load_file(directory / MASKS)
         model.quantization = Quantization.load(directory)
-        model.module.eval()
         return model
 
 
@@ -150,17 +149,21 @@ def _read_surgery(path: Path) -> tuple[dict[Axis, Tensor], dict[str, int]]:
 def load_checkpoint(workload: Workload, checkpoint: Path | None) -> MultiTaskModel:
     """The trained network as the user brought it, checked before any work starts.
 
-    Weights too small for a normal float become zero: weight decay leaves them in dead channels, where they change no
-    answer, and processors compute with them about twenty times more slowly.
+    Weights that it computes of others, as weight norm does, are computed. Those too small for a normal float become
+    zero: weight decay leaves them in dead channels, where they change no answer, and processors compute with them
+    about twenty times more slowly.
 
     Raises:
         CompressError: the file is missing, no safetensors file, or does not fit the network; a weight or an answer
-            is not finite; forward fails on the example inputs or does not return what the tasks say.
+            is not finite, or a weight is complex; forward fails on the example inputs or does not return what the
+            tasks say.
     """
     module = workload.build()
     if checkpoint is not None:
         load_weights(module, checkpoint)
-    module.eval()
+    plain(module)
+    if odd := [name for name, value in module.named_parameters() if value.is_complex()]:
+        raise CompressError(f"Complex weights can be neither pruned, trained nor compiled here: {some(odd)}.")
     broken = [n for n, value in module.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise CompressError(f"The weights hold NaN or infinity: {some(broken)}.")

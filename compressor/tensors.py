@@ -4,6 +4,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from compressor.channels import Axis
 from compressor.graph import tensor_of
@@ -34,6 +37,25 @@ def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
             for key, tensor in list(held.items()):
                 if tensor is old:
                     held[key] = new  # type: ignore[assignment]
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The module, put in evaluation and changed in place: weights that it computes of others are parameters.
+
+    Weight norm, spectral norm and every other parametrization, of `torch.nn.utils.parametrizations` or of the older
+    functions of `torch.nn.utils`: they serve training alone, and no channel of them could be cut.
+    """
+    module.eval()
+    for layer in module.modules():
+        if parametrize.is_parametrized(layer):
+            for name in list(layer.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+        for hook in list(layer._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(layer, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(layer, hook.name)
+    return module
 
 
 def set_groups(module: nn.Module, keep: Mapping[Axis, Tensor]) -> None:

@@ -154,6 +154,9 @@ def _train(
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         loss = loss.detach()
+        for parameter in parameters:
+            if parameter.grad is not None and parameter.grad.is_sparse:  # of an embedding built so
+                parameter.grad = parameter.grad.to_dense()
         compute.average([*parameters, *weighting.parameters], [loss, *statistics(module), *weighting.tallies])
         if not loss.isfinite():
             raise CompressError(f"{title}: the loss became {loss.item()} at step {step}; lower learning_rate.")

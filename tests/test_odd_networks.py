@@ -1,19 +1,25 @@
 """Networks that users bring: code that views memory, odd ranks and types, cuts that take groups apart."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from plain import setup, task
+from plain import Plain, setup, task
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
-from compressor.bench import reestimate_batchnorm
+from compressor.bench import Bench, reestimate_batchnorm
 from compressor.budgets import Budget, margins
 from compressor.channels import FIXED
 from compressor.criteria import CRITERIA
 from compressor.errors import CompressError
 from compressor.groups import Prunable
+from compressor.model import MultiTaskModel, load_checkpoint
+from compressor.progress import Silent
 from compressor.record import sizes_of
 from compressor.report.schema import TaskResult
 from compressor.stages.finetune import Finetune
@@ -218,6 +224,68 @@ def test_learnt_thresholds_are_those_of_the_end_of_their_training(tmp_path: Path
     how = Training(steps=12, check_every=3, stop_at_margin=0.0, weighting="margins")
     Ticket(kind="ticket", keep_ratio=0.3, saliency="learnt", rounds=1, train=how).run(model, bench)
     assert not any("thresholds" in note for note in bench.notes)
+
+
+def _normed(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return nn.Sequential(norm(nn.Conv2d(3, 8, 3, padding=1)), nn.ReLU(), norm(nn.Conv2d(8, 3, 1)))
+
+
+@pytest.mark.parametrize(
+    "norm", [parametrizations.weight_norm, parametrizations.spectral_norm, weight_norm, spectral_norm]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_weights_computed_of_others_are_computed_once_and_can_be_cut(
+    norm: Callable[[nn.Module], nn.Module], tmp_path: Path
+) -> None:
+    workload = Plain(partial(_normed, norm), (IMAGE,), (task(),))
+    brought = workload.build().eval()
+    save_file(brought.state_dict(), tmp_path / "brought.safetensors")
+    model = load_checkpoint(workload, tmp_path / "brought.safetensors")
+    assert torch.allclose(model.module(IMAGE), brought(IMAGE), atol=1e-6)
+    assert sorted(dict(model.module.named_parameters())) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    bench = Bench(workload, model, {}, 1, 0, Silent(), directory=tmp_path)
+    found = prune(macs=0.6).run(model, bench)
+    found.save(tmp_path)
+    again = MultiTaskModel.load(tmp_path, workload)
+    assert again.module[0].weight.shape[0] < 8  # type: ignore[index, union-attr]
+    assert torch.equal(again.module(IMAGE), found.module(IMAGE))
+
+
+class Embedding(nn.Module):
+    """A table whose gradient is sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(10, 8, sparse=True), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table((3 * x[:, :, 0, 0].abs()).long().clamp(0, 9)).mean(1))
+
+
+def test_sparse_gradients_are_trained_on(tmp_path: Path) -> None:
+    model, bench = setup(Embedding, (IMAGE,), tmp_path)
+    found = finetune(learning_rate=1e-2).run(model, bench)
+    assert not torch.equal(found.module.table.weight, model.module.table.weight)  # type: ignore[union-attr]
+
+
+def test_complex_weights_are_refused(tmp_path: Path) -> None:
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.mix[:, None, None]).abs()
+
+    with pytest.raises(CompressError, match=r"Complex weights can be neither pruned.*: mix"):
+        load_checkpoint(Plain(Spectral, (IMAGE,), (task(),)), None)
+
+
+def test_a_component_that_is_none_is_refused_before_any_work(tmp_path: Path) -> None:
+    model, bench = setup(dense, (IMAGE,), tmp_path)
+    ticket = Ticket(kind="ticket", keep={"tt": 0.5}, rounds=1, train=Training(steps=0))
+    with pytest.raises(CompressError, match=r"no component 'tt' has weights\. Did you mean 't'"):
+        ticket.check(model, bench)
 
 
 @pytest.mark.parametrize("samples", [100, 200, 1000])

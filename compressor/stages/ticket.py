@@ -19,6 +19,7 @@ from compressor.graph import tensor_of
 from compressor.masks import Pattern, Scope, Scores, count, keep_most, keep_n_of_m, pools_of
 from compressor.model import MultiTaskModel
 from compressor.saliency import Also, alive, by_layer, by_tasks, magnitude, prunable
+from compressor.tensors import plain
 from compressor.thresholds import learnt
 from compressor.training import Training, train
 from profiles.settings import Settings, did_you_mean
@@ -126,8 +127,11 @@ class Ticket(Settings):
         return self.train.steps * (self.turns * each + (1 if isinstance(self.rewind, int) else 0))
 
     def check(self, model: MultiTaskModel, bench: Bench) -> None:
-        """Refuse a training that the tasks and budgets do not allow."""
+        """Refuse a training that the tasks and budgets do not allow, and a name in `keep` that is no component's."""
         self.train.check(model, bench)
+        if self.keep:
+            names, block = prunable(model.module, self.prune_also), Pattern.parse(self.pattern).block
+            self._check(model, left_by_component(model, components(model, names, block)))
 
     def run(self, model: MultiTaskModel, bench: Bench) -> MultiTaskModel:
         """The sparsest found at which every task is inside its (slackened) budget; masks nest from round to round.
@@ -281,7 +285,7 @@ def initial(model: MultiTaskModel, bench: Bench) -> MultiTaskModel:
     """What the workload builds under the recipe's seed, cut as the model is; without masks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(bench.seed)
-        fresh = MultiTaskModel(bench.workload.build(), model.tasks, model.inputs)
+        fresh = MultiTaskModel(plain(bench.workload.build()), model.tasks, model.inputs)
     keep = {Axis(n, dim): torch.tensor(left) for n, dims in model.kept.items() for dim, left in dims.items()}
     fresh.cut(keep, model.attributes)
     return fresh
