@@ -1,0 +1,70 @@
+"""The sizes that a circuit is generated from and programs are compiled for."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from profiles.settings import Settings
+
+WORD_BYTES = 8
+"""The memory bus is 64 bits wide; addresses count such words."""
+
+
+class Design(Settings):
+    """An array of multipliers with the memories around it.
+
+    The array multiplies `rows` input channels by `rows x columns` weights in each cycle. Activations lie in memory in
+    blocks of `columns` channels, so a row of the input buffer holds `rows / columns` blocks.
+
+    Attributes:
+        rows: input channels of one tile of weights.
+        columns: output channels of one tile; a multiple of 8 that divides `rows`.
+        lanes: channels that are requantized in each cycle; they divide `columns`.
+        input_rows: rows of the input buffer, of `rows` bytes each.
+        weight_rows: rows of the weight buffer, of `columns` bytes each; a tile takes `rows` of them.
+        accumulator_rows: rows of each of the two banks of accumulators, of `columns` int32 each.
+        side_rows: rows of the buffer of operands that are added or pooled, of `columns` bytes each.
+        output_rows: rows of the output buffer, of `columns` bytes each.
+        parameter_rows: rows of requantization parameters, of `lanes` words each.
+        queue: instructions that each unit's queue holds.
+    """
+
+    rows: int = Field(ge=8, le=64, default=16)
+    columns: int = Field(ge=8, le=64, multiple_of=8, default=8)
+    lanes: int = Field(ge=2, le=64, default=4)
+    input_rows: int = Field(ge=64, le=2**14, default=2048)
+    weight_rows: int = Field(ge=64, le=2**14, default=4096)
+    accumulator_rows: int = Field(ge=32, le=2**10, default=512)
+    side_rows: int = Field(ge=32, le=2**12, default=1024)
+    output_rows: int = Field(ge=32, le=2**12, default=1024)
+    parameter_rows: int = Field(ge=16, le=2**10, default=512)
+    queue: int = Field(ge=2, le=64, default=8)
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.rows % self.columns:
+            raise ValueError(f"'rows' is {self.rows}, which is no multiple of the {self.columns} 'columns'")
+        if self.columns % self.lanes:
+            raise ValueError(f"'columns' is {self.columns}, which is no multiple of the {self.lanes} 'lanes'")
+        if self.weight_rows < 2 * self.rows:
+            raise ValueError(f"'weight_rows' must hold two tiles, which are {2 * self.rows} rows")
+        return self
+
+    @property
+    def multipliers(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def blocks(self) -> int:
+        """Channel blocks side by side in a row of the input buffer."""
+        return self.rows // self.columns
+
+    @property
+    def block_words(self) -> int:
+        """Bus words of one channel block of one pixel, or of one row of weights."""
+        return self.columns // WORD_BYTES
+
+    @property
+    def parameter_block(self) -> int:
+        """Rows of parameters that one POST reads: a header, then its channels."""
+        return 1 + self.columns // self.lanes

@@ -1,0 +1,368 @@
+"""A layer as instructions: how its results are cut into tiles, and in which order they are computed."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from targets.accelerator.arithmetic import Int8, Step
+from targets.accelerator.design import WORD_BYTES, Design
+from targets.accelerator.errors import ProgramError
+from targets.accelerator.isa import Gemm, Instruction, Load, Memory, Post, Source, Store
+from targets.accelerator.layers import Contraction, Layer, Pooling, Window
+from targets.accelerator.parameters import pack
+from targets.accelerator.tensors import Place
+
+Steps = list[tuple[int, int, int]]
+"""(tile of input channels, ky, kx)."""
+
+GEMM_SETUP = 5
+"""Cycles beyond its rows that a tile of weights takes to get into the array."""
+
+
+@dataclass(slots=True)
+class Group:
+    """What is computed together, and what must be loaded for it.
+
+    Attributes:
+        constants: loads that can be done long before, as they read no answer of a layer.
+        inputs: loads of activations.
+        work: everything else.
+        first: whether it is the first of a layer, so that its inputs may still be in the making.
+    """
+
+    constants: list[Instruction] = field(default_factory=list)
+    inputs: list[Instruction] = field(default_factory=list)
+    work: list[Instruction] = field(default_factory=list)
+    first: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """A rectangle of results."""
+
+    y: int
+    x: int
+    ny: int
+    nx: int
+
+    @property
+    def count(self) -> int:
+        return self.ny * self.nx
+
+
+class Compiler:
+    """Collects a program and the constants that it reads; layers are computed in the order they are given."""
+
+    def __init__(self, design: Design) -> None:
+        self.design = design
+        self.words = 0
+        self.constants: list[tuple[int, NDArray[np.uint8]]] = []
+        self.groups: list[Group] = []
+        self._turns: dict[str, int] = {}
+
+    def place(self, channels: int, height: int, width: int) -> Place:
+        """Room in memory for a tensor."""
+        found = Place(self.words, channels, height, width)
+        self.words += found.words(self.design)
+        return found
+
+    def constant(self, values: NDArray[np.uint64] | Int8) -> int:
+        """The address of these values; int8 whose size is a multiple of a word's."""
+        address, raw = self.words, np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        self.constants.append((address, raw))
+        self.words += raw.size // WORD_BYTES
+        return address
+
+    def image(self) -> NDArray[np.uint8]:
+        """Memory as it is before the first run."""
+        memory = np.zeros(self.words * WORD_BYTES, np.uint8)
+        for address, raw in self.constants:
+            memory[address * WORD_BYTES : address * WORD_BYTES + raw.size] = raw
+        return memory
+
+    def program(self) -> list[Instruction]:
+        """All instructions, without tokens: what a group needs is loaded while the one before it is computed."""
+        found = list[Instruction]()
+        for now, after in zip(self.groups, [*self.groups[1:], Group()], strict=True):
+            if now is self.groups[0]:
+                found += now.constants
+            if now is self.groups[0] or now.first:
+                found += now.inputs
+            found += _spread(now.work, [*after.constants, *([] if after.first else after.inputs)])
+        return found
+
+    def layer(self, layer: Layer, source: Place, other: Place | None = None) -> Place:
+        """Compute a layer's answer, and where it lies.
+
+        Args:
+            other: what the step of a contraction adds.
+
+        Raises:
+            ProgramError: one line of results does not fit the buffers, however it is cut.
+        """
+        channels = len(layer.weights) if isinstance(layer, Contraction) else source.channels
+        height, width = layer.window.results(source.height, source.width)
+        target = self.place(channels, height, width)
+        if isinstance(layer, Contraction):
+            groups = list(_Contracting(self, layer, source, target, other).groups())
+        else:
+            groups = list(_pooled(self, layer, source, target))
+        groups[0].first = True
+        self.groups += groups
+        return target
+
+    def turn(self, what: str) -> int:
+        """0 and 1 by turns: which half of a buffer is next."""
+        self._turns[what] = 1 - self._turns.get(what, 1)
+        return self._turns[what]
+
+
+def _spread(work: Sequence[Instruction], loads: Sequence[Instruction]) -> Iterator[Instruction]:
+    """Both in their order, the loads evenly between the rest."""
+    done = 0
+    for index, one in enumerate(work):
+        until = len(loads) * (index + 1) // len(work)
+        yield from loads[done:until]
+        yield one
+        done = until
+
+
+class _Contracting:
+    """One contraction's tiles.
+
+    Results are cut into patches; of each patch, each block of channels is one group. All input channels of a patch are
+    loaded once where they fit half of the buffer, else in parts, for each block anew. Weights stay where all of them
+    fit half of theirs, else each group loads its own.
+    """
+
+    def __init__(self, c: Compiler, layer: Contraction, source: Place, target: Place, other: Place | None) -> None:
+        self.compiler, self.layer, self.source, self.target, self.other = c, layer, source, target, other
+        d = self.design = c.design
+        self.tiles = _tiles(layer.weights, d)
+        self.depth = self.tiles.shape[1]  # tiles of input channels
+        (self.ny, self.nx), self.part = self._cut()
+
+    def groups(self) -> Iterator[Group]:
+        c, d = self.compiler, self.design
+        blocks, used = len(self.tiles), (self.tiles != 0).any((4, 5))  # (block, depth, ky, kx)
+        parts = [range(first, min(first + self.part, self.depth)) for first in range(0, self.depth, self.part)]
+        plan = [[_steps(used[n], part) for part in parts] for n in range(blocks)]
+        for n in range(blocks):  # a block without weights still answers its biases
+            if not any(plan[n]):
+                plan[n][0] = [(parts[0][0], 0, 0)]
+        weights = [[c.constant(np.stack([self.tiles[n][s] for s in steps])) if steps else 0 for steps in plan[n]]
+                   for n in range(blocks)]  # fmt: skip
+        stay = self._fixed(plan)
+        parameters = _Parameters(c, [self.layer.step.part(n * d.columns, (n + 1) * d.columns) for n in range(blocks)])
+        loaded: dict[tuple[int, int], int] = {}
+        for patch in patches(self.target, self.ny, self.nx):
+            rows = None
+            for n in range(blocks):
+                group, bank = Group(), c.turn("bank")
+                header = parameters.load(n, group)
+                clear = 1
+                for p, part in enumerate(parts):
+                    steps = plan[n][p]
+                    if not steps:
+                        continue
+                    if p and group.work:  # each part's loads run ahead of its own work
+                        yield group
+                        group = Group()
+                    if rows is None or len(parts) > 1:
+                        rows = self._inputs(group, patch, part)
+                    if (n, p) not in loaded or stay is None:
+                        half = d.weight_rows // 2
+                        first = stay[n][p] if stay is not None else half * c.turn("weights")
+                        loaded[n, p] = first
+                        load = Load(memory=Memory.WEIGHTS, row=first, address=weights[n][p], nx=len(steps) * d.rows)
+                        group.constants += [load]
+                    group.work += self._gemms(patch, steps, rows, part[0], loaded[n, p], bank, clear)
+                    clear = 0
+                group.work += self._finish(patch, n, bank, header, group)
+                yield group
+
+    def _fixed(self, plan: list[list[Steps]]) -> list[list[int]] | None:
+        """First rows of all tiles where they fit half of the buffer, so that they are loaded once."""
+        rows = self.design.rows
+        sizes = [[len(steps) * rows for steps in parts] for parts in plan]
+        if sum(map(sum, sizes)) > self.design.weight_rows // 2:
+            return None
+        at, found = self.design.weight_rows // 2 * self.compiler.turn("weights"), list[list[int]]()
+        for parts in sizes:
+            found.append([at + sum(parts[:p]) for p in range(len(parts))])
+            at += sum(parts)
+        return found
+
+    def _inputs(self, group: Group, patch: Patch, part: range) -> int:
+        """Load what a patch reads of some tiles of channels; the first row."""
+        d, source, half = self.design, self.source, self.design.input_rows // 2
+        first = half * self.compiler.turn("inputs")
+        height, width = self.layer.window.reach((patch.ny, patch.nx))
+        for index, tile in enumerate(part):
+            for lane in range(d.blocks):
+                block = tile * d.blocks + lane
+                if block < source.blocks(d):
+                    row = first + index * height * width
+                    load = framed(self.layer, source, block, patch, Memory.INPUTS, row, lane, d)
+                    group.inputs.append(load)
+        return first
+
+    def _gemms(
+        self, patch: Patch, steps: Steps, rows: int, first: int, weights: int, bank: int, clear: int
+    ) -> Iterator[Gemm]:
+        window = self.layer.window
+        height, width = window.reach((patch.ny, patch.nx))
+        for index, (tile, ky, kx) in enumerate(steps):
+            corner = ky * window.spread[0] * width + kx * window.spread[1]
+            yield Gemm(
+                row=rows + (tile - first) * height * width + corner, weights=weights + index * self.design.rows,
+                bank=bank, clear=clear if index == 0 else 0, ny=patch.ny, nx=patch.nx,
+                step_y=window.step[0] * width, step_x=window.step[1],
+            )  # fmt: skip
+
+    def _finish(self, patch: Patch, n: int, bank: int, header: int, group: Group) -> Iterator[Instruction]:
+        c, d = self.compiler, self.design
+        row = d.output_rows // 2 * c.turn("outputs")
+        side = 0
+        if self.other is not None:
+            side = d.side_rows // 2 * c.turn("side")
+            group.inputs.append(framed(None, self.other, n, patch, Memory.SIDE, side, 0, d))
+        yield Post(
+            source=Source.ACCUMULATORS, bank=bank, parameters=header, row_out=row, ny=patch.ny, nx=patch.nx,
+            add=int(self.other is not None), side=side,
+        )  # fmt: skip
+        yield stored(patch, n, row, self.target, d)
+
+    def _cut(self) -> tuple[tuple[int, int], int]:
+        """Lines and columns of a patch, and tiles of input channels loaded together: what is expected to be fastest."""
+        d, target = self.design, self.target
+        found: list[tuple[int, tuple[int, int], int]] = []
+        most = min(d.accumulator_rows, d.output_rows // 2, *([d.side_rows // 2] if self.other is not None else []))
+        used = int((self.tiles != 0).any((4, 5)).sum())
+        for ny, nx, part in product(_divisions(target.height), _divisions(target.width), _divisions(self.depth)):
+            height, width = self.layer.window.reach((ny, nx))
+            steps = self.tiles.shape[2] * self.tiles.shape[3] * part
+            if ny * nx > most or nx > 1023 or height * width * part > d.input_rows // 2:
+                continue
+            if steps * d.rows > min(d.weight_rows // 2, 4095):
+                continue
+            count = -(-target.height // ny) * -(-target.width // nx)
+            again = len(self.tiles) if part < self.depth else 1
+            multiply = used * max(ny * nx, d.rows + GEMM_SETUP) * count
+            patch = height * width * self.source.blocks(d) * d.block_words
+            weights = used * d.rows * d.block_words
+            load = count * again * patch + weights * (1 if used * d.rows <= d.weight_rows // 2 else count)
+            post = count * len(self.tiles) * ny * nx * (d.columns // d.lanes)
+            fetch = 2 * used * count
+            ends = patch + (weights + post // count) // len(self.tiles) + fetch // 4
+            found.append((max(multiply, load, post, fetch) + ends, (ny, nx), part))
+        if not found:
+            raise ProgramError(
+                f"Not even one result of a window of {self.layer.window.size} over {self.source.channels} channels "
+                "fits the buffers of this design."
+            )
+        return min(found)[1:]
+
+
+class _Parameters:
+    """The requantization of a layer's blocks; all stay loaded where they fit half of the buffer."""
+
+    def __init__(self, compiler: Compiler, steps: Sequence[Step]) -> None:
+        self.compiler, d = compiler, compiler.design
+        self.address = [compiler.constant(pack(step, d)) for step in steps]
+        self.stay = len(steps) * d.parameter_block <= d.parameter_rows // 2
+        self.base = d.parameter_rows // 2 * compiler.turn("parameters") if self.stay else 0
+        self.loaded: dict[int, int] = {}
+
+    def load(self, block: int, group: Group) -> int:
+        """The header's row, once the group's loads are done."""
+        d = self.compiler.design
+        if block in self.loaded and self.stay:
+            return self.loaded[block]
+        half = d.parameter_rows // 2
+        row = self.base + block * d.parameter_block if self.stay else half * self.compiler.turn("parameters")
+        load = Load(memory=Memory.PARAMETERS, row=row, address=self.address[block], nx=d.parameter_block)
+        group.constants.append(load)
+        self.loaded[block] = row
+        return row
+
+
+def _pooled(c: Compiler, layer: Pooling, source: Place, target: Place) -> Iterator[Group]:
+    d = c.design
+    cuts = [
+        (-ny * nx, (ny, nx))
+        for ny, nx in product(_divisions(target.height), _divisions(target.width))
+        if ny * nx <= d.output_rows // 2 and np.prod(layer.window.reach((ny, nx))) <= d.side_rows // 2
+    ]
+    if not cuts or max(layer.window.size) > 15 or layer.window.spread != (1, 1) or max(layer.window.step) > 15:
+        raise ProgramError(f"A pooling window of {layer.window.size} does not fit the side buffer of this design.")
+    blocks = target.blocks(d)
+    parameters = _Parameters(c, [layer.step.part(n * d.columns, (n + 1) * d.columns) for n in range(blocks)])
+    kind = Source.LARGEST if layer.kind == "largest" else Source.SUM
+    for patch in patches(target, *min(cuts)[1]):
+        _, width = layer.window.reach((patch.ny, patch.nx))
+        for n in range(blocks):
+            group = Group()
+            header = parameters.load(n, group)
+            side, row = d.side_rows // 2 * c.turn("side"), d.output_rows // 2 * c.turn("outputs")
+            group.inputs.append(framed(layer, source, n, patch, Memory.SIDE, side, 0, d))
+            group.work.append(Post(
+                source=kind, parameters=header, row_out=row, ny=patch.ny, nx=patch.nx, side=side,
+                window_y=layer.window.size[0], window_x=layer.window.size[1], line=width,
+                step_y=layer.window.step[0] * width, step_x=layer.window.step[1],
+            ))  # fmt: skip
+            group.work.append(stored(patch, n, row, target, d))
+            yield group
+
+
+def patches(target: Place, ny: int, nx: int) -> Iterator[Patch]:
+    """All results, in rectangles of at most so many lines and columns."""
+    for y, x in product(range(0, target.height, ny), range(0, target.width, nx)):
+        yield Patch(y, x, min(ny, target.height - y), min(nx, target.width - x))
+
+
+def framed(
+    layer: Layer | None, source: Place, block: int, patch: Patch, memory: Memory, row: int, lane: int, d: Design
+) -> Load:
+    """Load what a layer's patch reads of a block of channels, with its part of the frame; without one, the patch."""
+    window, fill = (layer.window, layer.pad_value) if layer is not None else (Window(), 0)
+    height, width = window.reach((patch.ny, patch.nx))
+    y, x = patch.y * window.step[0] - window.pad[0], patch.x * window.step[1] - window.pad[1]
+    top, left = max(0, -y), max(0, -x)
+    bottom, right = max(0, y + height - source.height), max(0, x + width - source.width)
+    return Load(
+        memory=memory, lane=lane, row=row, address=source.at(block, y + top, x + left, d),
+        ny=height - top - bottom, nx=width - left - right, stride=source.width * d.block_words,
+        top=top, left=left, bottom=bottom, right=right, pad=fill,
+    )  # fmt: skip
+
+
+def stored(patch: Patch, block: int, row: int, target: Place, d: Design) -> Store:
+    """Store a patch of a block of channels."""
+    return Store(
+        row=row, address=target.at(block, patch.y, patch.x, d), ny=patch.ny, nx=patch.nx,
+        stride=target.width * d.block_words,
+    )  # fmt: skip
+
+
+def _tiles(weights: Int8, d: Design) -> Int8:
+    """(blocks of outputs, tiles of inputs, ky, kx, rows, columns), filled up with zeros."""
+    out, into, height, width = weights.shape
+    blocks, depth = -(-out // d.columns), -(-into // d.rows)
+    whole = np.zeros((blocks * d.columns, depth * d.rows, height, width), np.int8)
+    whole[:out, :into] = weights
+    shape = blocks, d.columns, depth, d.rows, height, width
+    return np.ascontiguousarray(whole.reshape(shape).transpose(0, 2, 4, 5, 3, 1))
+
+
+def _steps(used: NDArray[np.bool_], part: range) -> Steps:
+    """Those tiles that are not empty."""
+    return [(int(t) + part.start, int(ky), int(kx)) for t, ky, kx in np.argwhere(used[part.start : part.stop])]
+
+
+def _divisions(size: int) -> list[int]:
+    """Sizes that cut so much into parts about equal, each the largest for its number of parts."""
+    return sorted({-(-size // parts) for parts in range(1, size + 1)})

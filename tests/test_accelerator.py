@@ -1,0 +1,254 @@
+"""The accelerator's instructions: their bits, their arithmetic, tiles that answer as the layers, tokens that hold."""
+
+from dataclasses import fields, replace
+from typing import get_args, get_type_hints
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from targets.accelerator.arithmetic import Addition, Int8, Scaling, Step, requantized
+from targets.accelerator.design import Design
+from targets.accelerator.errors import ProgramError
+from targets.accelerator.isa import (
+    KINDS,
+    Gemm,
+    Instruction,
+    Load,
+    Memory,
+    Post,
+    Source,
+    Store,
+    Unit,
+    decode,
+    encode,
+    layout,
+)
+from targets.accelerator.layers import Contraction, Layer, Pooling, Window
+from targets.accelerator.machine import Machine
+from targets.accelerator.parameters import pack, unpack
+from targets.accelerator.tensors import Place
+from targets.accelerator.tiling import Compiler
+from targets.accelerator.tokens import check, synchronised
+from targets.errors import TargetError
+
+SMALL = Design(rows=8, columns=8, lanes=2, input_rows=256, weight_rows=256, accumulator_rows=64, side_rows=128,
+               output_rows=64, parameter_rows=32)  # fmt: skip
+DESIGNS = {"16 x 8": Design(), "8 x 8, small": SMALL, "16 x 16": Design(rows=16, columns=16, lanes=8)}
+
+
+@st.composite
+def instructions(draw: st.DrawFn) -> Instruction:
+    kind = draw(st.sampled_from(KINDS))
+    hints, values = get_type_hints(kind, include_extras=True), {}
+    for field in fields(kind):
+        low, high = layout(kind)[field.name][1].range
+        meaning = get_args(hints[field.name])[0]
+        if meaning is not int and meaning is not Unit:
+            high = max(meaning)
+        values[field.name] = meaning(draw(st.integers(low, high)))
+    return kind(**values)
+
+
+@given(st.lists(instructions(), max_size=4))
+def test_instructions_come_back_from_their_bits(program: list[Instruction]) -> None:
+    assert list(decode(encode(program))) == program
+
+
+def test_what_has_no_bits_is_refused() -> None:
+    with pytest.raises(TargetError, match=r"Gemm.nx is 1024, but has 10 bits \(0 to 1023\)"):
+        encode([Gemm(row=0, weights=0, bank=0, clear=1, nx=1024)])
+    with pytest.raises(TargetError, match="not one of whole instructions"):
+        list(decode(b"\0" * 17))
+    with pytest.raises(TargetError, match="unknown opcode 9"):
+        list(decode(b"\x09" + bytes(15)))
+    with pytest.raises(TargetError, match="sets bits that Store has not"):
+        list(decode(b"\x03" + bytes(14) + b"\x80"))
+
+
+@given(
+    st.integers(-(2**31), 2**31 - 1), st.integers(-(2**24), 2**24), st.floats(1e-7, 30.0), st.booleans(),
+    st.integers(-128, 127),
+)
+def test_requantizing_is_the_nearest_step(total: int, bias: int, factor: float, falls: bool, zero: int) -> None:
+    factor = -factor if falls else factor
+    step = Step(Scaling.of(np.array([factor]), np.array([float(bias)])), zero)
+    answer = int(requantized(np.array([[total]]), step)[0, 0])
+    exact = (total + bias) * factor + zero
+    if abs(exact) < 1000:
+        assert abs(answer - min(127, max(-128, exact))) <= 0.5 + abs(exact - zero) * 2.0**-16 + 1e-9
+    else:
+        assert answer == (127 if exact > 0 else -128)
+
+
+def test_halves_are_rounded_up() -> None:
+    half = Step(Scaling.of(np.array([0.5]), np.zeros(1)), 0)
+    assert requantized(np.array([[-3], [-1], [1], [3]]), half).ravel().tolist() == [-1, 0, 1, 2]
+
+
+def test_a_scale_or_bias_beyond_the_hardware_is_refused() -> None:
+    with pytest.raises(TargetError, match="too large to requantize"):
+        Scaling.of(np.array([1e6]), np.zeros(1))
+    with pytest.raises(TargetError, match="does not fit an accumulator"):
+        Scaling.of(np.ones(1), np.array([3e9]))
+
+
+def scaling(chance: np.random.Generator, channels: int, reach: float) -> Scaling:
+    """Answers that mostly lie inside int8 for sums of about `reach`; of some channels turned over, as by batch norm."""
+    sign = np.where(chance.random(channels) < 0.2, -1, 1)
+    factor = sign * chance.uniform(20, 60, channels) / reach
+    return Scaling.of(factor, np.rint(chance.normal(0, reach / 3, channels)))
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+@pytest.mark.parametrize("add", [False, True])
+def test_parameters_come_back_from_their_words(name: str, add: bool) -> None:
+    design, chance = DESIGNS[name], np.random.default_rng(0)
+    addition = Addition.of(0.7, 0.2, -3, 5, -9, 100) if add else None
+    step = Step(scaling(chance, design.columns, 1e4), -4, -128, 99, addition)
+    found = unpack(pack(step, design), design, add=add)
+    sums = chance.integers(-30000, 30000, (50, design.columns))
+    other = chance.integers(-128, 128, (50, design.columns), np.int8)
+    assert replace(found, scaling=step.scaling) == step
+    assert np.array_equal(requantized(sums, found, other), requantized(sums, step, other))
+
+
+def contraction(
+    chance: np.random.Generator, into: int, out: int, window: Window, addition: Addition | None
+) -> Contraction:
+    weights = chance.integers(-127, 128, (out, into, *window.size), np.int8)
+    reach = 40 * 73 * (into * window.size[0] * window.size[1]) ** 0.5
+    return Contraction(weights, window, 7, Step(scaling(chance, out, reach), -11, -128, 127, addition))
+
+
+def answered(layer: Layer, shape: tuple[int, int, int], design: Design, seed: int = 0) -> tuple[Int8, Int8]:
+    """What the program of one layer answers, and what the layer does."""
+    chance = np.random.default_rng(seed)
+    compiler = Compiler(design)
+    source = compiler.place(*shape)
+    results = layer.window.results(*shape[1:])
+    other: Place | None = None
+    if layer.step.addition is not None and isinstance(layer, Contraction):
+        other = compiler.place(len(layer.weights), *results)
+    target = compiler.layer(layer, source, other)
+    program = synchronised(compiler.program(), design, compiler.words)
+    check(program, design, compiler.words)
+    memory = compiler.image()
+    x = chance.integers(-128, 128, shape, np.int8)
+    source.write(x, memory, design)
+    added = None
+    if other is not None:
+        added = chance.integers(-128, 128, (other.channels, *results), np.int8)
+        other.write(added, memory, design)
+    Machine(design).run(decode(encode(program)), memory)
+    return target.read(memory, design), layer(x, added)
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> tuple[Layer, tuple[int, int, int]]:
+    """Any window over any small picture; some weights, whole tiles of them too, are zero."""
+    chance = np.random.default_rng(draw(st.integers(0, 2**32)))
+    size, step, spread = (tuple(draw(st.integers(1, n)) for _ in range(2)) for n in (4, 3, 2))
+    pools = draw(st.booleans())
+    pad = tuple(draw(st.integers(0, size[k % 2] - 1)) for k in range(4))
+    window = Window(size, step, (1, 1) if pools else spread, pad)  # type: ignore[arg-type]
+    least = window.reach((1, 1))
+    shape = draw(st.integers(1, 40)), least[0] + draw(st.integers(0, 12)), least[1] + draw(st.integers(0, 12))
+    if pools:
+        kind = draw(st.sampled_from(("largest", "sum")))
+        reach = 256 * 60 * (size[0] * size[1] if kind == "sum" else 1)
+        fill = -128 if kind == "largest" else 3
+        return Pooling(kind, window, fill, Step(scaling(chance, shape[0], reach), 5, -100, 101)), shape
+    addition = Addition.of(0.5, 0.8, -7, 3, 3, 127) if draw(st.booleans()) else None
+    layer = contraction(chance, shape[0], draw(st.integers(1, 40)), window, addition)
+    layer.weights[chance.random(layer.weights.shape) < draw(st.sampled_from((0.0, 0.9, 0.999, 1.0)))] = 0
+    return layer, shape
+
+
+@given(layers(), st.sampled_from(sorted(DESIGNS)))
+@settings(deadline=None, max_examples=80)
+def test_programs_answer_as_their_layers(case: tuple[Layer, tuple[int, int, int]], name: str) -> None:
+    found, wanted = answered(*case, DESIGNS[name])
+    assert np.array_equal(found, wanted)
+
+
+def test_inputs_that_do_not_fit_are_loaded_in_parts() -> None:
+    layer = contraction(np.random.default_rng(0), 200, 20, Window((3, 3), pad=(1, 1, 1, 1)), None)
+    found, wanted = answered(layer, (200, 6, 6), SMALL)
+    assert np.array_equal(found, wanted)
+
+
+def test_a_window_too_large_for_the_buffers_is_refused() -> None:
+    layer = contraction(np.random.default_rng(0), 8, 8, Window((17, 17)), None)
+    with pytest.raises(ProgramError, match=r"Not even one result of a window of \(17, 17\) over 8 channels fits"):
+        answered(layer, (8, 20, 20), SMALL)
+    pool = Pooling("sum", Window((16, 2)), 0, layer.step)
+    with pytest.raises(ProgramError, match=r"A pooling window of \(16, 2\)"):
+        answered(pool, (8, 20, 20), Design())
+
+
+def test_empty_tiles_cost_neither_instruction_nor_memory() -> None:
+    layer = contraction(np.random.default_rng(0), 64, 64, Window((3, 3), pad=(1, 1, 1, 1)), None)
+
+    def count(weights: Int8) -> tuple[int, int]:
+        compiler = Compiler(Design())
+        compiler.layer(replace(layer, weights=weights), compiler.place(64, 8, 8))
+        return sum(isinstance(one, Gemm) for one in compiler.program()), sum(raw.size for _, raw in compiler.constants)
+
+    half = layer.weights.copy()
+    half[:, 32:] = 0
+    (gemms, size), (fewer, smaller) = count(layer.weights), count(half)
+    assert fewer * 2 == gemms and size - smaller == layer.weights.size // 2
+
+
+def chain() -> tuple[list[Instruction], int]:
+    """Three layers, each of which reads what the one before it stored."""
+    compiler, chance = Compiler(SMALL), np.random.default_rng(0)
+    place = compiler.place(16, 9, 9)
+    for window in (Window((3, 3), pad=(1, 1, 1, 1)), Window((3, 3), step=(2, 2)), Window()):
+        place = compiler.layer(contraction(chance, 16, 16, window, None), place)
+    return synchronised(compiler.program(), SMALL, compiler.words), compiler.words
+
+
+def test_every_token_is_needed() -> None:
+    program, words = chain()
+    check(program, SMALL, words)
+    pairs = [(k, unit) for k, one in enumerate(program) for unit in one.waits]
+    assert len(pairs) > 50
+    for k, unit in pairs[::7]:
+        without = list(program)
+        without[k] = replace(without[k], waits=without[k].waits & ~unit)
+        with pytest.raises(ProgramError):
+            check(without, SMALL, words)
+
+
+def test_what_no_token_orders_is_named() -> None:
+    load = Load(memory=Memory.INPUTS, row=0, address=0, nx=4)
+    tile = Load(memory=Memory.WEIGHTS, row=0, address=4, nx=8)
+    multiply = Gemm(row=0, weights=0, bank=0, clear=1, nx=4)
+    with pytest.raises(ProgramError, match=r"Instruction 2.*no token orders it after an instruction of LOAD"):
+        check([load, tile, multiply], SMALL, 64)
+    signalling = replace(tile, signals=Unit.GEMM)
+    check([load, signalling, replace(multiply, waits=Unit.LOAD)], SMALL, 64)
+    with pytest.raises(ProgramError, match="GEMM never takes 1 of the tokens that LOAD gives it"):
+        check([load, signalling], SMALL, 64)
+    with pytest.raises(ProgramError, match="waits for a token that STORE has not given before it"):
+        check([replace(load, waits=Unit.STORE)], SMALL, 64)
+    with pytest.raises(ProgramError, match="goes to row 256 of the input buffer, which has 256"):
+        check([replace(load, row=253)], SMALL, 64)
+    with pytest.raises(ProgramError, match="goes to row 64 of the memory buffer, which has 64"):
+        check([replace(load, address=61)], SMALL, 64)
+
+
+def test_a_program_is_ordered_by_few_tokens_even_where_many_loads_come_first() -> None:
+    layer = contraction(np.random.default_rng(0), 1024, 8, Window(), None)
+    found, wanted = answered(layer, (1024, 1, 1), Design())
+    assert np.array_equal(found, wanted)
+
+
+def test_tokens_of_units_that_touch_nothing_in_common_are_none() -> None:
+    store = Store(row=0, address=0, nx=1)
+    post = Post(source=Source.ACCUMULATORS, parameters=0, row_out=8, nx=1)
+    program = synchronised([store, post, Load(memory=Memory.SIDE, row=0, address=9, nx=1)], SMALL, 64)
+    assert all(not one.waits and not one.signals for one in program)
