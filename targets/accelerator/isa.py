@@ -126,9 +126,9 @@ class Post:
         bank, row: of the accumulators, of the first row; the rows follow each other.
         parameters: row of the header; the channels' follow it.
         row_out: of the output buffer; the rows follow each other.
-        add: whether the side buffer's rows from `side` on, one for each result, are added.
-        side: first row of the first window, or of what is added. Windows of `window_y` lines of `window_x` rows, the
-            lines `line` rows apart; `step_y` and `step_x` rows lie between windows.
+        add: whether rows of the side buffer are added to accumulators: windows of one row.
+        side: first row of the first window. Windows have `window_y` lines of `window_x` rows, the lines `line` rows
+            apart; `step_y` and `step_x` rows lie between lines of windows and between windows.
     """
 
     UNIT: ClassVar = Unit.POST

@@ -79,7 +79,7 @@ class Machine:
         d, count = self.design, one.ny * one.nx
         block = self._parameters[one.parameters : one.parameters + d.parameter_block]
         step = unpack(block.reshape(-1), d, add=bool(one.add))
-        other = self._side[one.side : one.side + count] if one.add else None
+        other = self._side[windows(one)[:, 0]] if one.add else None
         if one.source is Source.ACCUMULATORS:
             sums: NDArray[Any] = self._sums[one.bank, one.row : one.row + count]
         else:

@@ -89,7 +89,7 @@ def reads(one: Instruction, design: Design) -> list[tuple[Buffer, Rows]]:
             if one.source is not Source.ACCUMULATORS:
                 return [*found, (Buffer.SIDE, windows(one))]
             found.append((BANKS[one.bank], one.row + np.arange(one.ny * one.nx)))
-            return [*found, (Buffer.SIDE, one.side + np.arange(one.ny * one.nx))] if one.add else found
+            return [*found, (Buffer.SIDE, windows(one))] if one.add else found
         case Store():
             return [(Buffer.OUTPUTS, one.row + np.arange(one.ny * one.nx))]
         case _:

@@ -232,7 +232,7 @@ class _Contracting:
             group.inputs.append(framed(None, self.other, n, patch, Memory.SIDE, side, 0, d))
         yield Post(
             source=Source.ACCUMULATORS, bank=bank, parameters=header, row_out=row, ny=patch.ny, nx=patch.nx,
-            add=int(self.other is not None), side=side,
+            add=int(self.other is not None), side=side, step_y=patch.nx,
         )  # fmt: skip
         yield stored(patch, n, row, self.target, d)
 

@@ -1,0 +1,69 @@
+"""FETCH: reads the program ahead of its execution and hands each instruction to its unit's queue."""
+
+from amaranth.hdl import Cat, Module, Signal
+from amaranth.lib import fifo, stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from targets.accelerator.circuit.parts import ADDRESS, ReadPort
+from targets.accelerator.isa import BITS, KINDS
+
+BURST = 32
+"""Words of a request: sixteen instructions."""
+BURSTS = 4
+"""Requests whose words may be here or on their way."""
+
+
+class Fetch(wiring.Component):
+    """`start` begins with `count` instructions at `address`; `busy` is high until the last is in its queue.
+
+    A program that is no multiple of sixteen instructions is read with what lies behind it, which goes nowhere.
+    """
+
+    def __init__(self) -> None:
+        super().__init__({
+            "start": In(1), "address": In(ADDRESS), "count": In(24), "busy": Out(1), "port": Out(ReadPort()),
+            "queues": Out(stream.Signature(BITS)).array(len(KINDS)),
+        })  # fmt: skip
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.submodules.words = words = fifo.SyncFIFOBuffered(width=64, depth=BURST * BURSTS)
+        left, free = Signal(24), Signal(range(BURSTS + 1), init=BURSTS)
+        unasked, taken = Signal(20), Signal(range(BURST))
+        request = self.port.request
+        asked, freed = Signal(), Signal()
+        m.d.comb += [
+            request.valid.eq((unasked != 0) & (free != 0)), request.payload.words.eq(BURST),
+            asked.eq(request.valid & request.ready), words.w_data.eq(self.port.words.payload),
+            words.w_en.eq(self.port.words.valid), self.port.words.ready.eq(1),
+        ]  # fmt: skip
+        with m.If(self.start):
+            m.d.sync += [
+                request.payload.address.eq(self.address), left.eq(self.count), unasked.eq((self.count + 15) >> 4),
+            ]  # fmt: skip
+        with m.Elif(asked):
+            m.d.sync += [
+                request.payload.address.eq(request.payload.address + BURST), unasked.eq(unasked - 1),
+            ]  # fmt: skip
+        m.d.comb += freed.eq(words.r_en & (taken == BURST - 1))
+        m.d.sync += free.eq(free - asked + freed)
+
+        low, half, whole, instruction = Signal(64), Signal(), Signal(), Signal(BITS)
+        going = Signal()
+        m.d.comb += words.r_en.eq(words.r_rdy & (~half | ~whole | going))
+        with m.If(going):
+            m.d.sync += whole.eq(0)
+        with m.If(words.r_en):
+            m.d.sync += [taken.eq(taken + 1), half.eq(~half)]
+            with m.If(half):
+                m.d.sync += [instruction.eq(Cat(low, words.r_data)), whole.eq(left != 0)]
+            with m.Else():
+                m.d.sync += low.eq(words.r_data)
+            with m.If(half & (left != 0)):
+                m.d.sync += left.eq(left - 1)
+        ready = Signal(len(KINDS))
+        for k, queue in enumerate(self.queues):
+            mine = whole & (instruction[:4] == k)
+            m.d.comb += [queue.payload.eq(instruction), queue.valid.eq(mine), ready[k].eq(mine & queue.ready)]
+        m.d.comb += [going.eq(ready.any()), self.busy.eq((left != 0) | whole | (unasked != 0) | self.start)]
+        return m

@@ -1,0 +1,157 @@
+"""GEMM: the array. A tile of weights is read into shadow registers while the array still computes with the last."""
+
+from amaranth.hdl import Module, Mux, Signal
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from targets.accelerator.circuit.multiplier import Kind, Multiplier
+from targets.accelerator.circuit.parts import Countdown, Front, delayed, fields, lanes, signal
+from targets.accelerator.design import Design
+from targets.accelerator.isa import BITS, Gemm
+
+PRODUCTS = 4
+"""Cycles from a row's address to its products: the buffer, a register, the multipliers' two."""
+
+
+class GemmUnit(wiring.Component):
+    """Tokens are given when the last sums lie in their bank.
+
+    Buffers answer in the cycle after an address; `sums_*` are the two banks, of which one is read and written here.
+    """
+
+    def __init__(self, design: Design, kind: Kind) -> None:
+        self.design, self.kind = design, kind
+        d = design
+        super().__init__({
+            "queue": In(stream.Signature(BITS)), "available": In(4), "take": Out(4), "give": Out(4), "busy": Out(1),
+            "input_row": Out(14), "inputs": In(d.rows * 8), "weight_row": Out(14), "weights": In(d.columns * 8),
+            "read_row": Out(10), "read_sums": In(d.columns * 32).array(2),
+            "write_row": Out(10), "write_bank": Out(1), "write": Out(1), "write_sums": Out(d.columns * 32),
+        })  # fmt: skip
+
+    @property
+    def depth(self) -> int:
+        """Cycles from a row's address until its sums, without what the accumulators hold, are in registers."""
+        return PRODUCTS + (self.design.rows - 1).bit_length()
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.submodules.front = front = Front()
+        wiring.connect(m, wiring.flipped(self.queue), front.queue)
+        m.d.comb += [front.available.eq(self.available), self.take.eq(front.take)]
+        swap, next_bits, shadow, fetching = self._fetch(m, front)
+        now, running, row, row_out, last = self._run(m, swap, next_bits)
+        sums = self._multiply(m, swap[3], shadow)
+        active = delayed(m, running, self.depth + 1, "active")
+        ending = delayed(m, last, self.depth + 1, "ending")
+        bits = Signal(4)
+        with m.If(last):
+            m.d.sync += bits.eq(now.signals)
+        self._accumulate(m, active, delayed(m, row_out, self.depth + 1, "row_out"),
+                         delayed(m, now.bank, self.depth + 1, "bank"), delayed(m, now.clear, self.depth + 1, "clear"),
+                         sums)  # fmt: skip
+        m.d.comb += [
+            self.input_row.eq(row), self.give.eq(bits & ending[self.depth + 1].replicate(4)),
+            self.busy.eq(front.go | fetching | running | sum(active[1:]).any()),
+        ]  # fmt: skip
+        return m
+
+    def _fetch(self, m: Module, front: Front) -> tuple[list[Signal], Signal, list[list[Signal]], Signal]:
+        """The next instruction, and its tile into the shadow registers; `swap` hands both over."""
+        d, bits = self.design, Signal(BITS, name="next_bits")
+        held, ready, reading, swap = Signal(), Signal(), Signal(), Signal()
+        self._swap, self._ready, self._held = swap, ready, held
+        count = Countdown(m, d.rows.bit_length(), "tile")
+        number = Signal(range(d.rows))
+        m.d.comb += front.free.eq(~held)
+        with m.If(swap):
+            m.d.sync += held.eq(0)
+        with m.If(reading):
+            m.d.sync += [self.weight_row.eq(self.weight_row + 1), number.eq(number + 1), reading.eq(~count.last)]
+            count.step()
+        with m.If(front.go):
+            m.d.sync += [
+                held.eq(1), bits.eq(front.instruction), reading.eq(1), number.eq(0),
+                self.weight_row.eq(fields(Gemm, front.instruction).weights),
+            ]  # fmt: skip
+            count.load(d.rows)
+        weights = Signal(d.columns * 8)
+        m.d.sync += weights.eq(self.weights)
+        come, numbers = delayed(m, reading, 2, "come"), delayed(m, number, 2, "number")
+        done = delayed(m, reading & count.last, 2, "read")
+        shadow = [[signal(8, f"shadow_{r}_{c}", sign=True) for c in range(d.columns)] for r in range(d.rows)]
+        for r, registers in enumerate(shadow):
+            with m.If(come[2] & (numbers[2] == r)):
+                m.d.sync += [one.eq(part) for one, part in zip(registers, lanes(weights, 8), strict=True)]
+        with m.If(front.go):
+            m.d.sync += ready.eq(0)
+        with m.Elif(done[2]):
+            m.d.sync += ready.eq(1)
+        return delayed(m, swap, 3, "swap"), bits, shadow, held
+
+    def _run(
+        self, m: Module, swap: list[Signal], next_bits: Signal
+    ) -> tuple[fields, Signal, Signal, Signal, Signal]:  # type: ignore[valid-type]
+        """Rows of inputs and of accumulators, one in each cycle from the one after `swap` on."""
+        bits = Signal(BITS, name="bits")
+        now, then = fields(Gemm, bits), fields(Gemm, next_bits)
+        running, row, line, row_out = Signal(), Signal(14), Signal(14), Signal(10)
+        across, down = Countdown(m, len(now.nx), "across"), Countdown(m, len(now.ny), "down")
+        last = Signal()
+        m.d.comb += [
+            last.eq(running & across.last & down.last),
+            swap[0].eq(self._held & self._ready & (~running | last)),
+        ]  # fmt: skip
+        with m.If(swap[0]):
+            m.d.sync += [
+                bits.eq(next_bits), running.eq(1), row.eq(then.row), line.eq(then.row), row_out.eq(then.row_out),
+            ]  # fmt: skip
+            across.load(then.nx)
+            down.load(then.ny)
+        with m.Elif(running):
+            m.d.sync += [row_out.eq(row_out + 1), running.eq(~last)]
+            with m.If(across.last):
+                m.d.sync += [row.eq(line + now.step_y), line.eq(line + now.step_y)]
+                across.load(now.nx)
+                down.step()
+            with m.Else():
+                m.d.sync += row.eq(row + now.step_x)
+                across.step()
+        return now, running, row, row_out, last
+
+    def _multiply(self, m: Module, take: Signal, shadow: list[list[Signal]]) -> list[Signal]:
+        """A sum for each column, of the rows whose address was given `depth` cycles ago."""
+        d, inputs = self.design, Signal(self.design.rows * 8)
+        m.d.sync += inputs.eq(self.inputs)
+        found = []
+        for c in range(d.columns):
+            parts = []
+            for r, x in enumerate(lanes(inputs, 8, sign=True)):
+                m.submodules[f"multiplier_{r}_{c}"] = one = Multiplier(self.kind, 8, 8)
+                m.d.comb += [one.a.eq(x), one.b.eq(shadow[r][c]), one.hold.eq(~take)]
+                parts.append(one.product)
+            while len(parts) > 1:
+                level = []
+                for k in range(0, len(parts), 2):
+                    total = signal(len(parts[k]) + 1, f"sum_{c}_{len(parts)}_{k}", sign=True)
+                    m.d.sync += total.eq(parts[k] + parts[k + 1])
+                    level.append(total)
+                parts = level
+            found.append(parts[0])
+        return found
+
+    def _accumulate(
+        self, m: Module, active: list[Signal], rows: list[Signal], banks: list[Signal], clears: list[Signal],
+        sums: list[Signal],
+    ) -> None:
+        """Read what a bank holds in time for the sums, add, and write it back."""
+        at, held = self.depth, [Signal(len(bank), name=f"held_{k}") for k, bank in enumerate(self.read_sums)]
+        before = Signal(len(held[0]))
+        m.d.comb += self.read_row.eq(rows[at - 3])
+        m.d.sync += [register.eq(bank) for register, bank in zip(held, self.read_sums, strict=True)]
+        m.d.sync += before.eq(Mux(clears[at - 1], 0, Mux(banks[at - 1], held[1], held[0])))
+        totals = zip(lanes(self.write_sums, 32), lanes(before, 32, sign=True), sums, strict=True)
+        m.d.sync += [total.eq(old + new) for total, old, new in totals]
+        m.d.comb += [
+            self.write_row.eq(rows[at + 1]), self.write_bank.eq(banks[at + 1]), self.write.eq(active[at + 1]),
+        ]  # fmt: skip

@@ -1,0 +1,44 @@
+"""Multipliers with registers at both ends, as FPGAs have them: operands in one cycle, the product two cycles on."""
+
+from typing import Any, Literal
+
+from amaranth.hdl import ClockSignal, Const, Instance, Module, Signal, signed
+from amaranth.lib import wiring
+from amaranth.lib.wiring import In, Out
+
+Kind = Literal["plain", "ecp5"]
+"""Left to the synthesiser, or a MULT18X18D of Lattice's ECP5, which it does not give input and output registers."""
+
+
+class Multiplier(wiring.Component):
+    """`product` is `a * b` of two cycles ago; `b` is taken in only while `hold` is low."""
+
+    def __init__(self, kind: Kind, a: int, b: int) -> None:
+        self.kind = kind
+        super().__init__({"a": In(signed(a)), "b": In(signed(b)), "hold": In(1), "product": Out(signed(a + b))})
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        if self.kind == "plain":
+            a, b = Signal.like(self.a), Signal.like(self.b)
+            m.d.sync += [a.eq(self.a), self.product.eq(a * b)]
+            with m.If(~self.hold):
+                m.d.sync += b.eq(self.b)
+            return m
+        whole = Signal(36)
+        up = 18 - len(self.a), 18 - len(self.b)  # left-aligned, so that few of the product's wires are routed
+        a18, b18 = Signal(18), Signal(18)
+        m.d.comb += [
+            a18.eq(self.a << up[0]), b18.eq(self.b << up[1]), self.product.eq(whole[sum(up) :].as_signed()),
+        ]  # fmt: skip
+        ports: dict[str, Any] = {f"i_A{k}": a18[k] for k in range(18)} | {f"i_B{k}": b18[k] for k in range(18)}
+        ports |= {f"o_P{k}": whole[k] for k in range(36)}
+        m.submodules.dsp = Instance(
+            "MULT18X18D", i_CLK0=ClockSignal(), i_CE0=Const(1), i_CE1=~self.hold, i_RST0=Const(0),
+            i_SIGNEDA=Const(1), i_SIGNEDB=Const(1), i_SOURCEA=Const(0), i_SOURCEB=Const(0),
+            p_REG_INPUTA_CLK="CLK0", p_REG_INPUTA_CE="CE0", p_REG_INPUTA_RST="RST0",
+            p_REG_INPUTB_CLK="CLK0", p_REG_INPUTB_CE="CE1", p_REG_INPUTB_RST="RST0",
+            p_REG_PIPELINE_CLK="NONE", p_REG_OUTPUT_CLK="CLK0", p_REG_OUTPUT_CE="CE0", p_REG_OUTPUT_RST="RST0",
+            p_GSR="DISABLED", p_RESETMODE="SYNC", p_SOURCEB_MODE="B_SHIFT", p_MULT_BYPASS="DISABLED", **ports,
+        )  # fmt: skip
+        return m

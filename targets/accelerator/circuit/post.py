@@ -1,0 +1,244 @@
+"""POST: sums, or the largest or the sum of windows, to int8, a few lanes in each cycle."""
+
+from typing import Any
+
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Shape, Signal, signed
+from amaranth.lib import stream, wiring
+from amaranth.lib.wiring import In, Out
+
+from targets.accelerator.arithmetic import FRACTION_BITS
+from targets.accelerator.circuit.multiplier import Kind, Multiplier
+from targets.accelerator.circuit.parts import Countdown, Front, delayed, fields, lanes
+from targets.accelerator.circuit.rounding import CYCLES, to_grid
+from targets.accelerator.design import Design
+from targets.accelerator.isa import BITS, Post, Source
+from targets.accelerator.parameters import CHANNEL, FACTORS, GRIDS, Fields
+
+PICK = 3
+"""Cycles from the last row of a window until the parameters of its first lanes are asked for."""
+STEP = 6
+"""Cycles from there until a lane's product is complete: parameters, selection, sum, both ends of the multipliers, sum."""
+ADD = 4
+"""Cycles from the first step's result until what the second rounds."""
+WRITE = STEP + CYCLES + ADD + CYCLES + 1
+"""Cycles from asking for parameters until the result is written."""
+LATENCY = PICK + WRITE + 1
+"""Cycles from the last row of a window until the first of its results can be read."""
+
+
+class PostUnit(wiring.Component):
+    """Tokens are given when the last result lies in the output buffer; the next instruction starts after that."""
+
+    def __init__(self, design: Design, kind: Kind) -> None:
+        self.design, self.kind = design, kind
+        d = design
+        super().__init__({
+            "queue": In(stream.Signature(BITS)), "available": In(4), "take": Out(4), "give": Out(4), "busy": Out(1),
+            "sums_row": Out(10), "sums_bank": Out(1), "reads_sums": Out(1), "sums": In(d.columns * 32).array(2),
+            "side_row": Out(12), "side": In(d.columns * 8), "parameter_row": Out(10), "parameters": In(d.lanes * 64),
+            "write": Out(1), "write_row": Out(12), "write_part": Out(4), "write_lanes": Out(d.lanes * 8),
+        })  # fmt: skip
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        m.submodules.front = front = Front()
+        wiring.connect(m, wiring.flipped(self.queue), front.queue)
+        bits, active, starting = Signal(BITS), Signal(), Signal()
+        now = fields(Post, bits)
+        m.d.comb += [front.available.eq(self.available), self.take.eq(front.take), front.free.eq(~active)]
+        m.d.sync += starting.eq(front.go)
+        with m.If(front.go):
+            m.d.sync += [bits.eq(front.instruction), active.eq(1)]
+        first, fire, final = self._walk(m, now, starting)
+        part, valid, row, end = self._parts(m, now, starting, fire, final)
+        rows = self._capture(m, now, first, fire)
+        grids, factors = self._header(m, now, starting, valid, part)
+        results = self._compute(m, now, rows, part, grids, factors)
+        done = delayed(m, end, WRITE + 1, "done")[WRITE + 1]
+        with m.If(done):
+            m.d.sync += active.eq(0)
+        m.d.comb += [
+            self.give.eq(now.signals & done.replicate(4)), self.busy.eq(front.go | active),
+            self.reads_sums.eq(active & (now.source == Source.ACCUMULATORS)), self.sums_bank.eq(now.bank),
+            self.write.eq(delayed(m, valid, WRITE, "valid")[WRITE]), self.write_lanes.eq(Cat(*results)),
+            self.write_part.eq(delayed(m, part, WRITE, "part")[WRITE]),
+            self.write_row.eq(delayed(m, row, WRITE, "row")[WRITE]),
+        ]  # fmt: skip
+        return m
+
+    def _walk(self, m: Module, now: Any, starting: Signal) -> tuple[Signal, Signal, Signal]:
+        """The rows of all windows; (a window's first row, its last, the last of all) are asked for in this cycle.
+
+        A window of fewer rows than there are parts of a row takes as many cycles as those.
+        """
+        groups = self.design.columns // self.design.lanes
+        running, idling, first, fire, final = (Signal(name=n) for n in ("running", "idling", "first", "fire", "final"))
+        across, down = Countdown(m, len(now.nx), "across"), Countdown(m, len(now.ny), "down")
+        along, under = Countdown(m, len(now.window_x), "along"), Countdown(m, len(now.window_y), "under")
+        idle, missing = Countdown(m, 5, "idle"), Signal(5)
+        area = now.window_x * now.window_y
+        window, line, column = Signal(12), Signal(12), Signal(12)  # first rows: of a window, its line, a line of windows
+        last = across.last & down.last
+        at_first, ahead = Signal(), Signal()
+        m.d.comb += [
+            fire.eq(running & ~idling & along.last & under.last), final.eq(fire & last),
+            first.eq(running & ~idling & at_first),
+            ahead.eq(Mux(idling, idle.last, fire & (missing == 0))),  # to the next window
+        ]  # fmt: skip
+
+        def begin(row: Any) -> None:
+            m.d.sync += [self.side_row.eq(row), window.eq(row), line.eq(row), at_first.eq(1)]
+            along.load(now.window_x)
+            under.load(now.window_y)
+
+        with m.If(starting):
+            m.d.sync += [
+                running.eq(1), idling.eq(0), missing.eq(Mux(area < groups, groups - area, 0)),
+                self.sums_row.eq(now.row), column.eq(now.side),
+            ]  # fmt: skip
+            begin(now.side)
+            across.load(now.nx)
+            down.load(now.ny)
+        with m.Elif(running):
+            with m.If(fire & (missing != 0)):
+                m.d.sync += idling.eq(1)
+                idle.load(missing)
+            with m.If(idling):
+                idle.step()
+            with m.If(ahead):
+                m.d.sync += [idling.eq(0), self.sums_row.eq(self.sums_row + 1), running.eq(~last)]
+                with m.If(across.last):
+                    m.d.sync += column.eq(column + now.step_y)
+                    begin(column + now.step_y)
+                    across.load(now.nx)
+                    down.step()
+                with m.Else():
+                    begin(window + now.step_x)
+                    across.step()
+            with m.Elif(~idling & ~fire):
+                m.d.sync += at_first.eq(0)
+                with m.If(along.last):
+                    m.d.sync += [self.side_row.eq(line + now.line), line.eq(line + now.line)]
+                    along.load(now.window_x)
+                    under.step()
+                with m.Else():
+                    m.d.sync += self.side_row.eq(self.side_row + 1)
+                    along.step()
+        return first, fire, final
+
+    def _parts(
+        self, m: Module, now: Any, starting: Signal, fire: Signal, final: Signal
+    ) -> tuple[Signal, Signal, Signal, Signal]:
+        """Which part of a row is next, whether there is one, the row it goes to, and whether it is the very last."""
+        groups = self.design.columns // self.design.lanes
+        fired, ended = delayed(m, fire, PICK - 1, "fired"), delayed(m, final, PICK - 1, "ended")
+        part, valid, row, ending = Signal(4), Signal(), Signal(12), Signal()
+        last, end = Signal(), Signal()
+        m.d.comb += [last.eq(part == groups - 1), end.eq(valid & last & ending)]
+        with m.If(starting):
+            m.d.sync += row.eq(now.row_out)
+        with m.Elif(valid & last):
+            m.d.sync += row.eq(row + 1)
+        with m.If(fired[PICK - 1]):
+            m.d.sync += [valid.eq(1), part.eq(0), ending.eq(ended[PICK - 1])]
+        with m.Elif(valid):
+            m.d.sync += [valid.eq(~last), part.eq(part + 1)]
+        return part, valid, row, end
+
+    def _capture(self, m: Module, now: Any, first: Signal, fire: Signal) -> tuple[Signal, Signal]:
+        """(int32 of all columns, int8 to be added to them) of a window, four cycles after its last row."""
+        d = self.design
+        banks = [Signal(len(bank), name=f"bank_{k}") for k, bank in enumerate(self.sums)]
+        side, beside, sums = Signal(d.columns * 8), Signal(d.columns * 8), Signal(d.columns * 32)
+        m.d.sync += [register.eq(bank) for register, bank in zip(banks, self.sums, strict=True)]
+        m.d.sync += [side.eq(self.side), beside.eq(side), sums.eq(Mux(now.bank, banks[1], banks[0]))]
+        opens, closes = delayed(m, first, 2, "opens")[2], delayed(m, fire, 3, "closes")[3]
+        row, other = Signal(d.columns * 32), Signal(d.columns * 8)
+        lifted = []
+        for c, value in enumerate(lanes(side, 8, sign=True)):
+            so_far = Signal(signed(16), name=f"so_far_{c}")
+            larger = Mux(value > so_far, value, so_far)
+            m.d.sync += so_far.eq(Mux(opens, value, Mux(now.source == Source.LARGEST, larger, so_far + value)))
+            lifted.append(Cat(Const(0, FRACTION_BITS), so_far, so_far[-1].replicate(32 - 16 - FRACTION_BITS)))
+        with m.If(closes):
+            m.d.sync += [row.eq(Mux(now.source == Source.ACCUMULATORS, sums, Cat(*lifted))), other.eq(beside)]
+        return row, other
+
+    def _header(
+        self, m: Module, now: Any, starting: Signal, valid: Signal, part: Signal
+    ) -> tuple[dict[str, Signal], dict[str, Signal]]:
+        """The parameters' rows: the header when an instruction starts, then those of each part."""
+        m.d.comb += self.parameter_row.eq(now.parameters + Mux(valid, part + 1, 0))
+        come = delayed(m, starting, 1, "header")[1]
+        found = tuple(_registers(places) for places in (GRIDS, FACTORS))
+        with m.If(come):
+            for k, (places, registers) in enumerate(zip((GRIDS, FACTORS), found, strict=True)):
+                m.d.sync += [registers[name].eq(one) for name, one in _parts_of(self.parameters[64 * k :], places)]
+        return found[0], found[1]
+
+    def _compute(
+        self, m: Module, now: Any, rows: tuple[Signal, Signal], part: Signal, grids: dict[str, Signal],
+        factors: dict[str, Signal],
+    ) -> list[Signal]:
+        """Both steps, in each lane."""
+        d, (row, other) = self.design, rows
+        at = delayed(m, part, 2, "at")
+        parameters = Signal(d.lanes * 64)
+        values, others = Signal(d.lanes * 32), Signal(d.lanes * 8)
+        m.d.sync += [
+            parameters.eq(self.parameters), values.eq(Array(lanes(row, d.lanes * 32))[at[1]]),
+            others.eq(Array(lanes(other, d.lanes * 8))[at[1]]),
+        ]  # fmt: skip
+        found = []
+        for q in range(d.lanes):
+            words = dict(_parts_of(parameters[64 * q :], CHANNEL))
+            value = lanes(values, 32, sign=True)[q]
+            beside = delayed(m, lanes(others, 8, sign=True)[q], STEP - 2 + CYCLES, f"beside_{q}")[-1]
+            one = self._scaled(m, value, words, grids, q)
+            two = self._added(m, one, beside, grids, factors, q)
+            skipped = delayed(m, one, ADD + CYCLES, f"skipped_{q}")[-1]
+            result = Signal(8, name=f"result_{q}")
+            m.d.sync += result.eq(Mux(now.add, two, skipped))
+            found.append(result)
+        return found
+
+    def _scaled(self, m: Module, value: Any, words: dict[str, Any], grids: dict[str, Signal], q: int) -> Signal:
+        """round((value + bias) * multiplier / 2^shift) + zero; the value and its words lie in registers."""
+        total, multiplier = Signal(signed(32), name=f"total_{q}"), Signal(signed(18), name=f"factor_{q}")
+        m.d.sync += [total.eq(value + words["bias"]), multiplier.eq(words["multiplier"])]
+        halves = Cat(total[:16], Const(0, 1)).as_signed(), total[16:].as_signed()
+        products = []
+        for name, half in zip(("low", "high"), halves, strict=True):
+            m.submodules[f"scale_{name}_{q}"] = one = Multiplier(self.kind, len(half), 18)
+            m.d.comb += [one.a.eq(half), one.b.eq(multiplier)]
+            products.append(one.product)
+        product = Signal(signed(49), name=f"product_{q}")
+        m.d.sync += product.eq((products[1] << 16) + products[0])
+        shift = delayed(m, words["shift"], STEP - 2, f"shift_{q}")[-1]
+        return to_grid(m, product, shift, grids["zero"], grids["low"], grids["high"], f"scaled_{q}")
+
+    def _added(
+        self, m: Module, own: Signal, other: Any, grids: dict[str, Signal], factors: dict[str, Signal], q: int
+    ) -> Signal:
+        """The second step: what is beside it, scaled as it is itself."""
+        parts = []
+        for name, value, zero in (("own", own, grids["zero"]), ("other", other, grids["other_zero"])):
+            steps = Signal(signed(9), name=f"{name}_steps_{q}")
+            m.d.sync += steps.eq(value - zero)
+            m.submodules[f"add_{name}_{q}"] = one = Multiplier(self.kind, 9, 18)
+            m.d.comb += [one.a.eq(steps), one.b.eq(Cat(factors[name], Const(0, 1)).as_signed())]
+            parts.append(one.product)
+        total = Signal(signed(28), name=f"sum_{q}")
+        m.d.sync += total.eq(parts[0] + parts[1])
+        return to_grid(
+            m, total, factors["sum_shift"], grids["sum_zero"], grids["sum_low"], grids["sum_high"], f"added_{q}"
+        )
+
+
+def _registers(places: Fields) -> dict[str, Signal]:
+    return {name: Signal(Shape(bits.width, signed=bits.signed), name=name) for name, (_, bits) in places.items()}
+
+
+def _parts_of(word: Any, places: Fields) -> list[tuple[str, Any]]:
+    parts = [(name, word[at : at + bits.width], bits.signed) for name, (at, bits) in places.items()]
+    return [(name, part.as_signed() if sign else part) for name, part, sign in parts]
