@@ -5,6 +5,7 @@ from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
+from accelerated import DESIGNS, SMALL, compiled, contraction, layers, scaling
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,17 +26,12 @@ from targets.accelerator.isa import (
     encode,
     layout,
 )
-from targets.accelerator.layers import Contraction, Layer, Pooling, Window
-from targets.accelerator.machine import Machine
+from targets.accelerator.layers import Layer, Pooling, Window
 from targets.accelerator.parameters import pack, unpack
-from targets.accelerator.tensors import Place
+from targets.accelerator.simulator import execute
 from targets.accelerator.tiling import Compiler
 from targets.accelerator.tokens import check, synchronised
 from targets.errors import TargetError
-
-SMALL = Design(rows=8, columns=8, lanes=2, input_rows=256, weight_rows=256, accumulator_rows=64, side_rows=128,
-               output_rows=64, parameter_rows=32)  # fmt: skip
-DESIGNS = {"16 x 8": Design(), "8 x 8, small": SMALL, "16 x 16": Design(rows=16, columns=16, lanes=8)}
 
 
 @st.composite
@@ -94,13 +90,6 @@ def test_a_scale_or_bias_beyond_the_hardware_is_refused() -> None:
         Scaling.of(np.ones(1), np.array([3e9]))
 
 
-def scaling(chance: np.random.Generator, channels: int, reach: float) -> Scaling:
-    """Answers that mostly lie inside int8 for sums of about `reach`; of some channels turned over, as by batch norm."""
-    sign = np.where(chance.random(channels) < 0.2, -1, 1)
-    factor = sign * chance.uniform(20, 60, channels) / reach
-    return Scaling.of(factor, np.rint(chance.normal(0, reach / 3, channels)))
-
-
 @pytest.mark.parametrize("name", DESIGNS)
 @pytest.mark.parametrize("add", [False, True])
 def test_parameters_come_back_from_their_words(name: str, add: bool) -> None:
@@ -114,56 +103,12 @@ def test_parameters_come_back_from_their_words(name: str, add: bool) -> None:
     assert np.array_equal(requantized(sums, found, other), requantized(sums, step, other))
 
 
-def contraction(
-    chance: np.random.Generator, into: int, out: int, window: Window, addition: Addition | None
-) -> Contraction:
-    weights = chance.integers(-127, 128, (out, into, *window.size), np.int8)
-    reach = 40 * 73 * (into * window.size[0] * window.size[1]) ** 0.5
-    return Contraction(weights, window, 7, Step(scaling(chance, out, reach), -11, -128, 127, addition))
-
-
-def answered(layer: Layer, shape: tuple[int, int, int], design: Design, seed: int = 0) -> tuple[Int8, Int8]:
+def answered(layer: Layer, shape: tuple[int, int, int], design: Design) -> tuple[Int8, Int8]:
     """What the program of one layer answers, and what the layer does."""
-    chance = np.random.default_rng(seed)
-    compiler = Compiler(design)
-    source = compiler.place(*shape)
-    results = layer.window.results(*shape[1:])
-    other: Place | None = None
-    if layer.step.addition is not None and isinstance(layer, Contraction):
-        other = compiler.place(len(layer.weights), *results)
-    target = compiler.layer(layer, source, other)
-    program = synchronised(compiler.program(), design, compiler.words)
-    check(program, design, compiler.words)
-    memory = compiler.image()
-    x = chance.integers(-128, 128, shape, np.int8)
-    source.write(x, memory, design)
-    added = None
-    if other is not None:
-        added = chance.integers(-128, 128, (other.channels, *results), np.int8)
-        other.write(added, memory, design)
-    Machine(design).run(decode(encode(program)), memory)
-    return target.read(memory, design), layer(x, added)
-
-
-@st.composite
-def layers(draw: st.DrawFn) -> tuple[Layer, tuple[int, int, int]]:
-    """Any window over any small picture; some weights, whole tiles of them too, are zero."""
-    chance = np.random.default_rng(draw(st.integers(0, 2**32)))
-    size, step, spread = (tuple(draw(st.integers(1, n)) for _ in range(2)) for n in (4, 3, 2))
-    pools = draw(st.booleans())
-    pad = tuple(draw(st.integers(0, size[k % 2] - 1)) for k in range(4))
-    window = Window(size, step, (1, 1) if pools else spread, pad)  # type: ignore[arg-type]
-    least = window.reach((1, 1))
-    shape = draw(st.integers(1, 40)), least[0] + draw(st.integers(0, 12)), least[1] + draw(st.integers(0, 12))
-    if pools:
-        kind = draw(st.sampled_from(("largest", "sum")))
-        reach = 256 * 60 * (size[0] * size[1] if kind == "sum" else 1)
-        fill = -128 if kind == "largest" else 3
-        return Pooling(kind, window, fill, Step(scaling(chance, shape[0], reach), 5, -100, 101)), shape
-    addition = Addition.of(0.5, 0.8, -7, 3, 3, 127) if draw(st.booleans()) else None
-    layer = contraction(chance, shape[0], draw(st.integers(1, 40)), window, addition)
-    layer.weights[chance.random(layer.weights.shape) < draw(st.sampled_from((0.0, 0.9, 0.999, 1.0)))] = 0
-    return layer, shape
+    one = compiled(layer, shape, design)
+    memory = one.memory.copy()
+    execute(one.program, memory, design)
+    return one.answer(memory), one.wanted
 
 
 @given(layers(), st.sampled_from(sorted(DESIGNS)))

@@ -1,5 +1,6 @@
 """The tools that turn the circuit into Verilog, simulations and bitstreams: found here, or refused by name."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -59,16 +60,23 @@ def verilator() -> tuple[Path, Path]:
     )
 
 
-def compiler() -> str:
-    """A C++ compiler.
+def compiler(*names: str) -> str:
+    """The first of these compilers that is there.
 
     Raises:
-        TargetError: there is none.
+        TargetError: none is.
     """
-    for name in ("g++", "clang++"):
+    for name in names:
         if found := shutil.which(name):
             return found
-    raise TargetError("No C++ compiler: neither 'g++' nor 'clang++' in PATH. apt-get install g++")
+    raise TargetError(f"No compiler: {' nor '.join(names)} in PATH. apt-get install {names[0]}")
+
+
+def cache() -> Path:
+    """Where what is compiled for this machine alone is kept: `TASKPRESS_CACHE`, or the user's folder for such files."""
+    if given := os.environ.get("TASKPRESS_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "taskpress"
 
 
 def run(command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> str:

@@ -1,6 +1,8 @@
 """GEMM: the array. A tile of weights is read into shadow registers while the array still computes with the last."""
 
-from amaranth.hdl import Module, Mux, Signal
+from typing import Any
+
+from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -35,34 +37,36 @@ class GemmUnit(wiring.Component):
         return PRODUCTS + (self.design.rows - 1).bit_length()
 
     def elaborate(self, platform: object) -> Module:
-        m = Module()
+        m, at = Module(), self.depth + 1
         m.submodules.front = front = Front()
         wiring.connect(m, wiring.flipped(self.queue), front.queue)
         m.d.comb += [front.available.eq(self.available), self.take.eq(front.take)]
-        swap, next_bits, shadow, fetching = self._fetch(m, front)
-        now, running, row, row_out, last = self._run(m, swap, next_bits)
-        sums = self._multiply(m, swap[3], shadow)
-        active = delayed(m, running, self.depth + 1, "active")
-        ending = delayed(m, last, self.depth + 1, "ending")
-        bits = Signal(4)
+        swap = Signal()
+        held, ready, bits, shadow = self._fetch(m, front, swap)
+        now, running, row, row_out, last = self._run(m, swap, held & ready, bits)
+        sums = self._multiply(m, delayed(m, swap, 3, "swap")[3], shadow)
+        active, signals = delayed(m, running, at, "active"), Signal(4)
         with m.If(last):
-            m.d.sync += bits.eq(now.signals)
-        self._accumulate(m, active, delayed(m, row_out, self.depth + 1, "row_out"),
-                         delayed(m, now.bank, self.depth + 1, "bank"), delayed(m, now.clear, self.depth + 1, "clear"),
-                         sums)  # fmt: skip
+            m.d.sync += signals.eq(now.signals)
+        self._accumulate(
+            m, active, delayed(m, row_out, at, "row_out"), delayed(m, now.bank, at, "bank"),
+            delayed(m, now.clear, at, "clear"), sums,
+        )  # fmt: skip
         m.d.comb += [
-            self.input_row.eq(row), self.give.eq(bits & ending[self.depth + 1].replicate(4)),
-            self.busy.eq(front.go | fetching | running | sum(active[1:]).any()),
+            self.input_row.eq(row), self.give.eq(signals & delayed(m, last, at, "ending")[at].replicate(4)),
+            self.busy.eq(front.go | held | Cat(*active).any()),
         ]  # fmt: skip
         return m
 
-    def _fetch(self, m: Module, front: Front) -> tuple[list[Signal], Signal, list[list[Signal]], Signal]:
-        """The next instruction, and its tile into the shadow registers; `swap` hands both over."""
+    def _fetch(self, m: Module, front: Front, swap: Signal) -> tuple[Signal, Signal, Signal, list[list[Signal]]]:
+        """The next instruction and its tile, into the shadow registers.
+
+        Returns:
+            whether there is a next one, whether its tile is complete, its bits, and the shadow registers.
+        """
         d, bits = self.design, Signal(BITS, name="next_bits")
-        held, ready, reading, swap = Signal(), Signal(), Signal(), Signal()
-        self._swap, self._ready, self._held = swap, ready, held
+        held, ready, reading, number = Signal(), Signal(), Signal(), Signal(range(self.design.rows))
         count = Countdown(m, d.rows.bit_length(), "tile")
-        number = Signal(range(d.rows))
         m.d.comb += front.free.eq(~held)
         with m.If(swap):
             m.d.sync += held.eq(0)
@@ -87,22 +91,22 @@ class GemmUnit(wiring.Component):
             m.d.sync += ready.eq(0)
         with m.Elif(done[2]):
             m.d.sync += ready.eq(1)
-        return delayed(m, swap, 3, "swap"), bits, shadow, held
+        return held, ready, bits, shadow
 
     def _run(
-        self, m: Module, swap: list[Signal], next_bits: Signal
-    ) -> tuple[fields, Signal, Signal, Signal, Signal]:  # type: ignore[valid-type]
-        """Rows of inputs and of accumulators, one in each cycle from the one after `swap` on."""
+        self, m: Module, swap: Signal, ready: Any, next_bits: Signal
+    ) -> tuple[Any, Signal, Signal, Signal, Signal]:
+        """Rows of inputs and of accumulators, one in each cycle from the one after `swap` on.
+
+        Returns:
+            the instruction, whether it runs, the row of inputs, that of accumulators, and whether they are the last.
+        """
         bits = Signal(BITS, name="bits")
         now, then = fields(Gemm, bits), fields(Gemm, next_bits)
-        running, row, line, row_out = Signal(), Signal(14), Signal(14), Signal(10)
+        running, row, line, row_out, last = Signal(), Signal(14), Signal(14), Signal(10), Signal()
         across, down = Countdown(m, len(now.nx), "across"), Countdown(m, len(now.ny), "down")
-        last = Signal()
-        m.d.comb += [
-            last.eq(running & across.last & down.last),
-            swap[0].eq(self._held & self._ready & (~running | last)),
-        ]  # fmt: skip
-        with m.If(swap[0]):
+        m.d.comb += [last.eq(running & across.last & down.last), swap.eq(ready & (~running | last))]
+        with m.If(swap):
             m.d.sync += [
                 bits.eq(next_bits), running.eq(1), row.eq(then.row), line.eq(then.row), row_out.eq(then.row_out),
             ]  # fmt: skip

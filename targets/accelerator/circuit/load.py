@@ -1,6 +1,6 @@
 """LOAD: one part asks memory for lines, another puts what comes, and the frame around it, into the buffers."""
 
-from amaranth.hdl import Array, Mux, Module, Signal
+from amaranth.hdl import Array, Module, Mux, Signal
 from amaranth.lib import data, fifo, stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -12,15 +12,8 @@ AHEAD = 4
 """Instructions whose lines have been asked for and whose words have not all come."""
 
 
-class Fill(data.Struct):
-    """One word for a buffer, or with `whole` eight bytes that fill a whole entry."""
-
-    memory: 2  # type: ignore[valid-type]
-    row: 14  # type: ignore[valid-type]
-    lane: 4  # type: ignore[valid-type]
-    part: 4  # type: ignore[valid-type]
-    whole: 1  # type: ignore[valid-type]
-    word: 64  # type: ignore[valid-type]
+FILL = data.StructLayout({"memory": 2, "row": 14, "lane": 4, "part": 4, "whole": 1, "word": 64})
+"""One word for a buffer, or with `whole` eight bytes that fill a whole entry."""
 
 
 class LoadUnit(wiring.Component):
@@ -29,8 +22,8 @@ class LoadUnit(wiring.Component):
     def __init__(self, design: Design) -> None:
         self.design = design
         super().__init__({
-            "queue": In(stream.Signature(BITS)), "available": In(4), "take": Out(4), "give": Out(4), "port": Out(ReadPort()),
-            "fill": Out(Fill), "filling": Out(1), "busy": Out(1),
+            "queue": In(stream.Signature(BITS)), "available": In(4), "take": Out(4), "give": Out(4), "busy": Out(1),
+            "port": Out(ReadPort()), "fill": Out(FILL), "filling": Out(1),
         })  # fmt: skip
 
     def elaborate(self, platform: object) -> Module:
@@ -71,7 +64,8 @@ class LoadUnit(wiring.Component):
         bits = Signal(BITS)
         now = fields(Load, bits)
         active, finished, row = Signal(), Signal(), Signal(14)
-        across, down = _Frame(m, "across", 12, now.left, now.nx, now.right), _Frame(m, "down", 10, now.top, now.ny, now.bottom)
+        across = _Frame(m, "across", 12, now.left, now.nx, now.right)
+        down = _Frame(m, "down", 10, now.top, now.ny, now.bottom)
         parts, part = Array([d.block_words] * 3 + [d.lanes]), Signal(4)
         last_part = Signal()
         m.d.comb += [ahead.r_en.eq(ahead.r_rdy & ~active), last_part.eq(part == parts[now.memory] - 1)]

@@ -23,18 +23,15 @@ def fields(kind: type[Instruction], bits: Any) -> Any:
     return data.View(data.FlexibleLayout(BITS, places), bits)
 
 
-class Request(data.Struct):
-    """So many words from an address on; the words follow, or are followed by, on a stream of their own."""
-
-    address: ADDRESS  # type: ignore[valid-type]
-    words: LENGTH  # type: ignore[valid-type]
+REQUEST = data.StructLayout({"address": ADDRESS, "words": LENGTH})
+"""So many words from an address on; the words themselves go over a stream of their own."""
 
 
 class ReadPort(wiring.Signature):
     """A master that reads: requests go out, words come in, in their order."""
 
     def __init__(self) -> None:
-        super().__init__({"request": Out(stream.Signature(Request)), "words": In(stream.Signature(64))})
+        super().__init__({"request": Out(stream.Signature(REQUEST)), "words": In(stream.Signature(64))})
 
 
 class WritePort(wiring.Signature):
@@ -42,7 +39,7 @@ class WritePort(wiring.Signature):
 
     def __init__(self) -> None:
         super().__init__({
-            "request": Out(stream.Signature(Request)), "words": Out(stream.Signature(64)), "done": In(1),
+            "request": Out(stream.Signature(REQUEST)), "words": Out(stream.Signature(64)), "done": In(1),
         })  # fmt: skip
 
 
@@ -52,12 +49,11 @@ class Front(wiring.Component):
     `go` is high for one cycle, in which `instruction` holds it; two cycles lie between two of them at least.
     """
 
-    queue: In(stream.Signature(BITS))  # type: ignore[valid-type]
-    free: In(1)  # type: ignore[valid-type]
-    available: In(4)  # type: ignore[valid-type]
-    take: Out(4)  # type: ignore[valid-type]
-    go: Out(1)  # type: ignore[valid-type]
-    instruction: Out(BITS)  # type: ignore[valid-type]
+    def __init__(self) -> None:
+        super().__init__({
+            "queue": In(stream.Signature(BITS)), "free": In(1), "available": In(4), "take": Out(4), "go": Out(1),
+            "instruction": Out(BITS),
+        })  # fmt: skip
 
     def elaborate(self, platform: object) -> Module:
         m = Module()

@@ -17,7 +17,7 @@ from targets.accelerator.parameters import CHANNEL, FACTORS, GRIDS, Fields
 PICK = 3
 """Cycles from the last row of a window until the parameters of its first lanes are asked for."""
 STEP = 6
-"""Cycles from there until a lane's product is complete: parameters, selection, sum, both ends of the multipliers, sum."""
+"""Cycles from there until a lane's product is complete."""
 ADD = 4
 """Cycles from the first step's result until what the second rounds."""
 WRITE = STEP + CYCLES + ADD + CYCLES + 1
@@ -77,7 +77,8 @@ class PostUnit(wiring.Component):
         along, under = Countdown(m, len(now.window_x), "along"), Countdown(m, len(now.window_y), "under")
         idle, missing = Countdown(m, 5, "idle"), Signal(5)
         area = now.window_x * now.window_y
-        window, line, column = Signal(12), Signal(12), Signal(12)  # first rows: of a window, its line, a line of windows
+        # First rows: of a window, of its line, of a line of windows.
+        window, line, column = Signal(12), Signal(12), Signal(12)
         last = across.last & down.last
         at_first, ahead = Signal(), Signal()
         m.d.comb += [

@@ -1,4 +1,4 @@
-"""The circuit in Amaranth's own simulator, with a memory of fixed latency: for short programs (2,000 cycles a second)."""
+"""The circuit in Amaranth's own simulator, a memory of fixed latency around it: some 1,000 cycles a second."""
 
 from collections import deque
 from typing import Any
@@ -11,6 +11,7 @@ from targets.accelerator.circuit.top import Accelerator
 from targets.accelerator.design import Design
 from targets.accelerator.errors import ProgramError
 from targets.accelerator.isa import BYTES
+from targets.accelerator.simulator import LATENCY
 
 
 class _Reads:
@@ -70,7 +71,7 @@ class _Writes:
 
 
 def run(
-    program: bytes, memory: NDArray[np.uint8], design: Design, latency: int = 20, limit: int = 100_000
+    program: bytes, memory: NDArray[np.uint8], design: Design, latency: int = LATENCY, limit: int = 100_000
 ) -> int:
     """Execute a program; cycles from its start until all is done. Changes the memory image.
 
@@ -83,7 +84,7 @@ def run(
     """
     words, circuit = memory.view(np.uint64), Accelerator(design)
     lines = np.frombuffer(program, np.uint64).copy()
-    ports = (
+    ports: tuple[_Reads | _Writes, ...] = (
         _Reads(circuit.program, lines, latency), _Reads(circuit.read, words, latency),
         _Writes(circuit.write, words, latency),
     )  # fmt: skip

@@ -33,12 +33,14 @@ class StoreUnit(wiring.Component):
         m.d.comb += [front.available.eq(self.available), self.take.eq(front.take), front.free.eq(~active)]
 
         asking, reading, request = Signal(), Signal(), self.port.request
-        lines, entries, open_lines = Countdown(m, len(now.ny), "lines"), Countdown(m, len(now.nx), "entries"), Signal(11)
+        lines, entries = Countdown(m, len(now.ny), "lines"), Countdown(m, len(now.nx), "entries")
+        open_lines = Signal(11)
         part, last_part, issue = Signal(4), Signal(), Signal()
         m.submodules.room = room = fifo.SyncFIFOBuffered(width=64, depth=ROOM)
         come = delayed(m, issue, READ, "come")
         m.d.comb += [
-            last_part.eq(part == d.block_words - 1), request.valid.eq(asking), request.payload.words.eq(now.nx * d.block_words),
+            last_part.eq(part == d.block_words - 1), request.valid.eq(asking),
+            request.payload.words.eq(now.nx * d.block_words),
             issue.eq(reading & (room.level + sum(come[1:]) < ROOM - 1)),
         ]  # fmt: skip
         with m.If(front.go):

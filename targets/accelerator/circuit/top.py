@@ -1,5 +1,7 @@
 """The whole accelerator: fetch, four units and their queues, tokens, buffers."""
 
+from typing import Any
+
 from amaranth.hdl import Module, Mux, Signal
 from amaranth.lib import fifo, wiring
 from amaranth.lib.wiring import In, Out
@@ -38,12 +40,14 @@ class Accelerator(wiring.Component):
         m.submodules.post = post = PostUnit(d, self.kind)
         m.submodules.store = store = StoreUnit(d)
         busy = Signal(4)
-        for k, (name, unit) in enumerate((("load", load), ("gemm", gemm), ("post", post), ("store", store))):
+        units: list[tuple[str, Any]] = [("load", load), ("gemm", gemm), ("post", post), ("store", store)]
+        for k, (name, unit) in enumerate(units):
             m.submodules[f"{name}_queue"] = queue = fifo.SyncFIFOBuffered(width=BITS, depth=d.queue)
             source = fetch.queues[k]
             m.d.comb += [
-                queue.w_data.eq(source.payload), queue.w_en.eq(source.valid & queue.w_rdy), source.ready.eq(queue.w_rdy),
-                unit.queue.payload.eq(queue.r_data), unit.queue.valid.eq(queue.r_rdy), queue.r_en.eq(unit.queue.ready),
+                queue.w_data.eq(source.payload), queue.w_en.eq(source.valid & queue.w_rdy),
+                source.ready.eq(queue.w_rdy), unit.queue.payload.eq(queue.r_data), unit.queue.valid.eq(queue.r_rdy),
+                queue.r_en.eq(unit.queue.ready),
                 unit.available.eq(tokens.available[k]), tokens.take[k].eq(unit.take), tokens.give[k].eq(unit.give),
                 busy[k].eq(unit.busy | queue.r_rdy | (queue.level != 0)),
             ]  # fmt: skip

