@@ -21,6 +21,8 @@ Int64 = NDArray[np.int64]
 
 MULTIPLIER_BITS = 17
 LARGEST_SHIFT = 48
+LARGEST_SUM = 2**30
+"""Of products, and of a bias: together they fit an accumulator."""
 FRACTION_BITS = 8
 """Values of the side buffer enter the pipeline of the accumulators with so many fractional bits."""
 
@@ -47,7 +49,7 @@ class Scaling:
             TargetError: a factor is too large or a bias does not fit the accumulators.
         """
         multiplier, shift = fixed_point(factor)
-        if np.abs(bias).max(initial=0) >= 2**31:
+        if np.abs(bias).max(initial=0) >= LARGEST_SUM:
             raise TargetError(f"A bias of {np.abs(bias).max():.3g} steps does not fit an accumulator of 32 bits.")
         return cls(np.rint(bias).astype(np.int64), multiplier, shift)
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from targets.accelerator.arithmetic import Int8, Step, lifted, requantized
+from targets.accelerator.arithmetic import LARGEST_SUM, Int8, Step, lifted, requantized
 from targets.errors import TargetError
 
 Pair = tuple[int, int]
@@ -67,16 +67,20 @@ class Contraction:
             tiles cost nothing.
         pad_value: what the frame holds, the zero of the input's grid.
         step: for all outputs.
+        groups: how many there were.
     """
 
     weights: Int8
     window: Window
     pad_value: int
     step: Step
+    groups: int = 1
 
     def __post_init__(self) -> None:
         if self.weights.dtype != np.int8 or self.weights.ndim != 4 or len(self.step.scaling) != len(self.weights):
             raise TargetError("A contraction needs int8 weights (outputs, inputs, lines, columns) and as many scales.")
+        if self.weights[0].size * 2**14 >= LARGEST_SUM:
+            raise TargetError(f"A sum of {self.weights[0].size} products does not fit an accumulator of 32 bits.")
 
     def __call__(self, x: Int8, other: Int8 | None = None) -> Int8:
         """int8 (outputs, lines, columns) of int8 (inputs, height, width), plus `other` where the step adds it."""

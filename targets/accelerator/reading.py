@@ -1,0 +1,354 @@
+"""A quantized Relax function as integer layers: as much of it, from its inputs on, as the accelerator computes.
+
+What lies between a dequantize and the quantize behind it is one layer: a contraction with its bias and activation, a
+pooling, or a sum of two values, which a contraction that nothing else reads takes in. Moving values from one grid to
+another is a pooling of windows of one value.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tvm import ir, relax
+
+from targets.accelerator.arithmetic import FRACTION_BITS, Addition, Scaling, Step
+from targets.accelerator.layers import Contraction, Layer, Pooling, Window
+from targets.accelerator.network import Grid, Network, Node, Value
+from targets.errors import TargetError
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """integers * scale, the scale of its shape or broadcast to it; a plain constant has the scale 1."""
+
+    integers: NDArray[Any]
+    scale: Floats
+
+    @property
+    def real(self) -> Floats:
+        return self.integers * self.scale
+
+
+@dataclass(frozen=True, slots=True)
+class Real:
+    """A value of the network as the real numbers that it stands for."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A layer whose answer has no grid yet.
+
+    Attributes:
+        weights: of a contraction; None for a pooling, or a sum of two values.
+        bias: real, for each channel.
+        share: of a pooling, what a window's sum is multiplied by.
+        low, high: where the answer is clipped.
+    """
+
+    kind: Literal["contraction", "largest", "sum", "addition"]
+    source: str
+    other: str | None = None
+    weights: Constant | None = None
+    window: Window = Window()
+    groups: int = 1
+    bias: Floats | None = None
+    share: float = 1.0
+    low: float = -np.inf
+    high: float = np.inf
+
+
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """Two values added; clamped as a step's addition is."""
+
+    source: str
+    other: str
+    result: str
+    low: int
+    high: int
+
+
+def read(function: relax.Function) -> Network:
+    """The layers that lead from the function's quantized inputs as far as they can be computed.
+
+    Raises:
+        TargetError: there is none.
+    """
+    reader = _Reader()
+    for block in function.body.blocks:
+        for binding in block.bindings:
+            reader.visit(binding.var, binding.value)
+    return reader.network()
+
+
+class _Reader:
+    def __init__(self) -> None:
+        self.known: dict[Any, Constant | Value | Real | Pending] = {}
+        self.values: dict[str, Value] = {}
+        self.nodes: list[Node | _Sum] = []
+        self.inputs: list[str] = []
+        self.outputs: dict[str, None] = {}
+
+    def network(self) -> Network:
+        made = {node.result for node in self.nodes}
+        outputs = [name for name in self.outputs if name in made]
+        if not outputs:
+            raise TargetError("The accelerator computes none of the network's layers: it needs int8, so quantize it.")
+        return Network(self.values, _summed(self.nodes, self.values, outputs), self.inputs, outputs)
+
+    def visit(self, var: Any, value: Any) -> None:
+        """Take a binding in, or let the host compute it."""
+        if isinstance(value, relax.Var) and value in self.known:
+            self.known[var] = self.known[value]
+            return
+        name = value.op.name.removeprefix("relax.") if isinstance(value, relax.Call) else ""
+        made = None
+        if rule := _RULES.get(name):
+            made = rule(self, var, [self._operand(arg) for arg in value.args], value)
+        if made is not None:
+            self.known[var] = made
+            return
+        for operand in _operands(value):
+            seen = self.known.get(operand)
+            if isinstance(seen, Real | Value):
+                self.outputs[seen.name] = None
+
+    def _operand(self, arg: Any) -> Any:
+        if isinstance(arg, ir.GenericConst):
+            return Constant(arg.value.numpy(), np.ones(()))
+        return self.known.get(arg, arg)
+
+    def _value(self, var: Any, shape: Sequence[int], grid: Grid) -> Value:
+        found = Value(var.name, (shape[0], shape[1], shape[2]), grid)
+        self.values[found.name] = found
+        return found
+
+    # --- operators: what they make of their operands, or None where the host has to
+
+    def quantize(self, var: Any, args: list[Any], call: Any) -> Value | None:
+        x, scale, zero = args[:3]
+        if not isinstance(scale, Constant) or scale.integers.size > 1 or str(var.ty.dtype) != "int8":
+            return None
+        grid = Grid(float(scale.integers), int(zero.integers))
+        shape = _picture(var)
+        if shape is None:
+            return None
+        if isinstance(x, Real):
+            x = Pending("largest", x.name)
+        if isinstance(x, Pending):
+            self._finish(x, value := self._value(var, shape, grid))
+            return value
+        if isinstance(x, relax.Var):
+            self.inputs.append(var.name)
+            return self._value(var, shape, grid)
+        return None
+
+    def dequantize(self, var: Any, args: list[Any], call: Any) -> Real | Constant | None:
+        x, scale, zero = args[:3]
+        if isinstance(x, Value):
+            same = Grid(float(scale.integers), int(zero.integers)) == x.grid if scale.integers.size == 1 else False
+            return Real(x.name) if same else None
+        if isinstance(x, Constant):
+            along = [-1 if d == int(call.attrs.axis) % max(1, x.integers.ndim) else 1 for d in range(x.integers.ndim)]
+            parts = [p.integers.reshape(along) if p.integers.size > 1 else p.integers for p in (scale, zero)]
+            return Constant(x.integers.astype(np.int64) - parts[1].astype(np.int64), parts[0].astype(np.float64))
+        return None
+
+    def move(self, var: Any, args: list[Any], call: Any) -> Constant | None:
+        """reshape and permute_dims of constants."""
+        x = args[0]
+        if not isinstance(x, Constant):
+            return None
+        shape = [int(size) for size in var.ty.shape]
+        wide = np.broadcast_to(x.scale, x.integers.shape)
+        if call.op.name == "relax.reshape":
+            return Constant(x.integers.reshape(shape), wide.reshape(shape))
+        axes = [int(axis) for axis in call.attrs.axes]
+        return Constant(x.integers.transpose(axes), wide.transpose(axes))
+
+    def conv2d(self, var: Any, args: list[Any], call: Any) -> Pending | None:
+        x, weights = args
+        if not isinstance(x, Real) or not isinstance(weights, Constant) or not _int8(weights):
+            return None
+        how = call.attrs
+        window = Window(
+            weights.integers.shape[2:], _pair(how.strides), _pair(how.dilation), _frame(how.padding)
+        )  # fmt: skip
+        return Pending("contraction", x.name, weights=weights, window=window, groups=int(how.groups))
+
+    def max_pool2d(self, var: Any, args: list[Any], call: Any) -> Real | None:
+        x, how = args[0], call.attrs
+        if not isinstance(x, Real) or bool(how.ceil_mode) or _pair(how.dilation) != (1, 1):
+            return None
+        window = Window(_pair(how.pool_size), _pair(how.strides), (1, 1), _frame(how.padding))
+        shape = _picture(var)
+        if shape is None:
+            return None
+        self._finish(Pending("largest", x.name, window=window), self._value(var, shape, self.values[x.name].grid))
+        return Real(var.name)
+
+    def avg_pool2d(self, var: Any, args: list[Any], call: Any) -> Pending | None:
+        x, how = args[0], call.attrs
+        frame = _frame(how.padding)
+        if not isinstance(x, Real) or bool(how.ceil_mode) or (any(frame) and not bool(how.count_include_pad)):
+            return None
+        window = Window(_pair(how.pool_size), _pair(how.strides), (1, 1), frame)
+        return Pending("sum", x.name, window=window, share=1 / (window.size[0] * window.size[1]))
+
+    def mean(self, var: Any, args: list[Any], call: Any) -> Pending | None:
+        x = args[0]
+        axes = call.attrs.axis
+        if not isinstance(x, Real) or axes is None or sorted(int(a) % 4 for a in axes) != [2, 3]:
+            return None
+        size = self.values[x.name].shape[1:]
+        return Pending("sum", x.name, window=Window(size), share=1 / (size[0] * size[1]))
+
+    def add(self, var: Any, args: list[Any], call: Any) -> Pending | None:
+        x, y = args
+        if isinstance(x, Constant):
+            x, y = y, x
+        if isinstance(x, Pending) and isinstance(y, Constant) and x.kind == "contraction" and not _clipped(x):
+            channels = x.weights.integers.shape[0] if x.weights is not None else 0
+            if y.real.size not in (1, channels) or (y.real.ndim == 4 and y.real.size != y.real.shape[1]):
+                return None
+            bias = np.zeros(channels) if x.bias is None else x.bias
+            return replace(x, bias=bias + y.real.reshape(-1))
+        if isinstance(x, Real) and isinstance(y, Real) and self.values[x.name].shape == self.values[y.name].shape:
+            return Pending("addition", x.name, y.name)
+        return None
+
+    def clip(self, var: Any, args: list[Any], call: Any) -> Pending | None:
+        """relu, maximum and minimum with a constant."""
+        x, bound = args[0], args[1].real if len(args) > 1 and isinstance(args[1], Constant) else np.zeros(())
+        if isinstance(x, Real):
+            x = Pending("largest", x.name)
+        if not isinstance(x, Pending) or bound.size != 1 or (len(args) > 1 and not isinstance(args[1], Constant)):
+            return None
+        edge = float(bound.reshape(()))
+        if call.op.name == "relax.minimum":
+            return replace(x, low=min(x.low, edge), high=min(x.high, edge))
+        return replace(x, low=max(x.low, edge), high=max(x.high, edge))
+
+    # --- layers
+
+    def _finish(self, made: Pending, result: Value) -> None:
+        """The layer, now that its answer has a grid."""
+        grid, source = result.grid, self.values[made.source]
+        low, high = (int(np.clip(np.rint(x / grid.scale) + grid.zero, -128, 127)) for x in (made.low, made.high))
+        if made.kind == "addition":
+            assert made.other is not None
+            self.nodes.append(_Sum(made.source, made.other, result.name, low, high))
+            return
+        layer: Layer
+        if made.kind == "contraction":
+            layer = _contraction(made, source.grid, grid, low, high)
+        else:
+            taps = made.window.size[0] * made.window.size[1] if made.kind == "sum" else 1
+            factor = made.share * source.grid.scale / grid.scale / 2**FRACTION_BITS
+            bias = -(2.0**FRACTION_BITS) * taps * source.grid.zero
+            ones = np.ones(source.shape[0])
+            step = Step(Scaling.of(factor * ones, bias * ones), grid.zero, low, high)
+            layer = Pooling(made.kind, made.window, -128 if made.kind == "largest" else source.grid.zero, step)
+        self.nodes.append(Node(layer, made.source, result.name))
+
+
+def _summed(nodes: Sequence[Node | _Sum], values: Mapping[str, Value], outputs: Sequence[str]) -> list[Node]:
+    """Sums as steps of contractions: of the later one that nothing else reads, or else of one that changes nothing."""
+    readers = Counter(name for node in nodes for name in (node.source, node.other))
+    alone = {
+        node.result: node for node in nodes
+        if isinstance(node, Node) and isinstance(node.layer, Contraction) and readers[node.result] == 1
+        and node.result not in outputs
+    }  # fmt: skip
+    order = {node.result: number for number, node in enumerate(nodes)}
+    found, taken = list[Node](), set[str]()
+    for node in nodes:
+        if isinstance(node, Node):
+            found.append(node)
+            continue
+        names = sorted((node.source, node.other), key=lambda name: (name in alone, order.get(name, -1)))
+        other, own = names if names[0] != names[1] else (names[0], names[0])
+        grids = [values[name].grid for name in (own, other, node.result)]
+        factors = grids[0].scale / grids[2].scale, grids[1].scale / grids[2].scale
+        addition = Addition.of(*factors, grids[1].zero, grids[2].zero, node.low, node.high)
+        maker = alone.get(own) or Node(_same(values[own]), own, own)
+        assert isinstance(maker.layer, Contraction)
+        layer = replace(maker.layer, step=replace(maker.layer.step, addition=addition))
+        found.append(Node(layer, maker.source, node.result, other))
+        taken |= {own} & set(alone)
+    return [node for node in found if node.result not in taken]
+
+
+def _contraction(made: Pending, source: Grid, grid: Grid, low: int, high: int) -> Contraction:
+    assert made.weights is not None
+    weights = made.weights.integers
+    scale = np.broadcast_to(made.weights.scale, weights.shape)[:, 0, 0, 0]
+    real = source.scale * scale
+    bias = np.zeros(len(weights)) if made.bias is None else np.rint(made.bias / real)
+    bias = bias - source.zero * weights.sum((1, 2, 3), dtype=np.int64)
+    step = Step(Scaling.of(real / grid.scale, bias), grid.zero, low, high)
+    return Contraction(_ungrouped(weights.astype(np.int8), made.groups), made.window, source.zero, step, made.groups)
+
+
+def _ungrouped(weights: NDArray[np.int8], groups: int) -> NDArray[np.int8]:
+    """Weights of groups as those of one, zero where a group does not read."""
+    if groups == 1:
+        return weights
+    out, each = len(weights) // groups, weights.shape[1]
+    whole = np.zeros((len(weights), groups * each, *weights.shape[2:]), np.int8)
+    for g in range(groups):
+        whole[g * out : (g + 1) * out, g * each : (g + 1) * each] = weights[g * out : (g + 1) * out]
+    return whole
+
+
+def _same(value: Value) -> Contraction:
+    """Answers what it is given."""
+    count, zero = value.shape[0], value.grid.zero
+    step = Step(Scaling.of(np.ones(count), np.full(count, -float(zero))), zero)
+    return Contraction(np.eye(count, dtype=np.int8)[:, :, None, None], Window(), zero, step)
+
+
+def _clipped(made: Pending) -> bool:
+    return bool(np.isfinite(made.low) or np.isfinite(made.high))
+
+
+def _int8(weights: Constant) -> bool:
+    return weights.integers.ndim == 4 and np.abs(weights.integers).max(initial=0) <= 127
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    first, second = (int(value) for value in values)
+    return first, second
+
+
+def _frame(values: Any) -> tuple[int, int, int, int]:
+    top, left, bottom, right = (int(value) for value in values)
+    return top, left, bottom, right
+
+
+def _picture(var: Any) -> list[int] | None:
+    """(channels, height, width) of one picture."""
+    shape = [int(size) for size in var.ty.shape]
+    return shape[1:] if len(shape) == 4 and shape[0] == 1 else None
+
+
+
+def _operands(value: Any) -> list[Any]:
+    if isinstance(value, relax.Call):
+        return list(value.args)
+    return list(value.fields) if isinstance(value, relax.Tuple) else [value]
+
+
+_RULES = {
+    "quantize": _Reader.quantize, "dequantize": _Reader.dequantize, "reshape": _Reader.move,
+    "permute_dims": _Reader.move, "nn.conv2d": _Reader.conv2d, "nn.max_pool2d": _Reader.max_pool2d,
+    "nn.avg_pool2d": _Reader.avg_pool2d, "mean": _Reader.mean, "add": _Reader.add, "nn.relu": _Reader.clip,
+    "maximum": _Reader.clip, "minimum": _Reader.clip,
+}  # fmt: skip
