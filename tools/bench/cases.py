@@ -103,6 +103,8 @@ TICKETS: Mapping[str, Case] = {
     "random places": random_ticket,
     LONGER: longer,
 }
+BY_LAYERS = {"by layers" if case == "by tasks" else case: how for case, how in TICKETS.items()}
+BY_LAYERS["by layers"] = partial(stages, saliency="layers")
 
 _SCENES = {"segmentation": "2 %", "depth": "2 %", "normals": "2 %"}
 _FASHION = {"left": "2 %", "right": "2 %"}
@@ -128,10 +130,10 @@ STUDIES: Mapping[str, Study] = {
         title="Scenes: channels, then weights",
     ),
     "fashion-ticket": Study(
-        "fashion-ticket", TICKETS, dict.fromkeys(_FASHION, "0"), title="MultiFashion: a ticket of 10 % of the weights"
+        "fashion-ticket", BY_LAYERS, dict.fromkeys(_FASHION, "0"), title="MultiFashion: a ticket of 10 % of the weights"
     ),
     "fashion-ticket-5": Study(
-        "fashion-ticket", TICKETS, _FASHION, sets=_FIVE, title="MultiFashion: a ticket of 5 % of the weights"
+        "fashion-ticket", BY_LAYERS, _FASHION, sets=_FIVE, title="MultiFashion: a ticket of 5 % of the weights"
     ),
     "restoration-ticket": Study(
         "restoration-ticket", TICKETS, _RESTORATION, title="Restoration: a ticket of 10 % of the weights"
