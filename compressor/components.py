@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from compressor.blocks import ALONE, Block, blocks, spread
 from compressor.graph import tensor_of
 from compressor.model import MultiTaskModel
 from compressor.pathway import reach
@@ -17,11 +18,11 @@ def names_of_components(model: MultiTaskModel) -> list[str]:
     return [SHARED, *(task.name for task in model.tasks)]
 
 
-def components(model: MultiTaskModel, names: Sequence[str], block: int = 1) -> dict[str, Tensor]:
+def components(model: MultiTaskModel, names: Sequence[str], block: Block = ALONE) -> dict[str, Tensor]:
     """For each named parameter, int64 of its shape: 1 + the only task whose answer could depend on an element, else 0.
 
-    The other tasks' rows of a fused layer are told apart. Of `block` neighbouring rows that are several tasks' own,
-    all are shared.
+    The other tasks' rows of a fused layer are told apart. A block whose elements are several tasks' own is
+    shared.
     """
     readers = reach(model).values()
     found = {}
@@ -29,11 +30,8 @@ def components(model: MultiTaskModel, names: Sequence[str], block: int = 1) -> d
         shape = tensor_of(model.module, name).shape
         read_T = torch.stack([read.get(name, torch.zeros(shape, dtype=torch.bool)) for read in readers])
         part = torch.where(read_T.sum(0) == 1, 1 + read_T.int().argmax(0), 0)
-        if shape[0] % block == 0:
-            rows = part.reshape(shape[0] // block, block, -1)
-            same = (rows == rows[:, :1]).all(1, keepdim=True)
-            part = torch.where(same, rows, 0).reshape(shape)
-        found[name] = part
+        least, most = blocks(part, block, len(model.tasks) + 1).amin(1), blocks(part, block, 0).amax(1)
+        found[name] = spread(torch.where(least == most, least, 0), shape, block)
     return found
 
 

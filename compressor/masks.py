@@ -1,4 +1,4 @@
-"""Which weights a ticket keeps: the ones worth most, one by one, in blocks of outputs, or N of each M inputs."""
+"""Which weights a ticket keeps: the ones worth most, one by one, in blocks or tiles, or N of each M inputs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compressor.blocks import ALONE, Block, block_of, blocks, spread
 from compressor.ranks import highest_rank
 
 Scope = Literal["global", "layer"]
@@ -18,17 +19,18 @@ class Pattern:
     """How kept weights may lie.
 
     Attributes:
-        block: neighbouring outputs whose weights at one place are kept or pruned together (1: each alone).
+        block: outputs and inputs that are neighbours, whose weights at one tap are kept or pruned together.
         of: where not 0, `n` of each `of` neighbouring inputs are kept, at each output and kernel element.
     """
 
-    block: int = 1
+    block: Block = ALONE
     n: int = 0
     of: int = 0
 
     @classmethod
     def parse(cls, text: str) -> "Pattern":
-        """"free", "4x1" for blocks of four outputs, "2:4" for two of four inputs.
+        """"free", "4x1" for blocks of four outputs, "8x16" for tiles of 8 outputs and 16 inputs, "2:4" for two of four
+        inputs.
 
         Raises:
             ValueError: none of these.
@@ -39,14 +41,14 @@ class Pattern:
             return cls()
         if colon and first.isdigit() and second.isdigit() and 0 < int(first) < int(second):
             return cls(n=int(first), of=int(second))
-        if times and rows.isdigit() and columns == "1" and int(rows) > 1:
-            return cls(block=int(rows))
-        raise ValueError("a pattern is 'free', blocks such as '4x1', or N of M such as '2:4'")
+        if times and rows.isdigit() and columns.isdigit() and int(rows) > 1 and int(columns) > 0:
+            return cls(block=(int(rows), int(columns)))
+        raise ValueError("a pattern is 'free', blocks such as '4x1', tiles such as '8x16', or N of M such as '2:4'")
 
     def fits(self, weight_OI: Tensor) -> bool:
-        """Whether a weight's outputs, or inputs, are whole multiples."""
+        """Whether a weight's outputs, or inputs, are whole multiples; tiles fit every weight."""
         inputs = weight_OI.shape[1] if weight_OI.dim() > 1 else 1
-        return weight_OI.shape[0] % self.block == 0 and (not self.of or inputs % self.of == 0)
+        return block_of(weight_OI.shape, self.block) == self.block and (not self.of or inputs % self.of == 0)
 
 
 def pools_of(part: Scores, scope: Scope, parts: int) -> dict[str, Tensor]:
@@ -65,7 +67,7 @@ def count(pool: Scores, alive: Scores) -> list[int]:
 
 
 def keep_most(
-    score: Scores, alive: Scores, pool: Scores, left: Sequence[int], block: int = 1
+    score: Scores, alive: Scores, pool: Scores, left: Sequence[int], block: Block = ALONE
 ) -> dict[str, Tensor]:
     """Masks that keep, of the weights of each pool that are alive, the `left` ones of the highest scores.
 
@@ -73,8 +75,8 @@ def keep_most(
     a block's weights are of one pool. A weight whose outputs are no multiple of the block is pruned one by one.
     """
     units = [(*_units(score[name], alive[name], block), pool[name]) for name in score]
-    value, size = (torch.cat([unit[k].flatten() for unit in units]) for k in (0, 1))
-    number = torch.cat([pools.reshape(len(v), -1, *pools.shape[1:])[:, 0].flatten() for v, _, pools in units])
+    value, size = (torch.cat([unit[k] for unit in units]) for k in (0, 1))
+    number = torch.cat([blocks(pools, block, 0)[:, 0] for _, _, pools in units])
     order = value.argsort(descending=True, stable=True)
     order = order[number[order].argsort(stable=True)]
     sizes = torch.zeros(len(left), dtype=torch.int64).index_add_(0, number, size)
@@ -83,12 +85,11 @@ def keep_most(
     flat[order[reached <= torch.tensor(left)[number[order]]]] = True
     masks = {}
     for (name, wanted), part in zip(score.items(), torch.split(flat, [v.numel() for v, _, _ in units]), strict=True):
-        rows = part.reshape(-1, wanted[0].numel())
-        masks[name] = rows.repeat_interleave(len(wanted) // len(rows), 0).reshape(wanted.shape) & alive[name]
+        masks[name] = spread(part, wanted.shape, block) & alive[name]
     return masks
 
 
-def shares(energy: Scores, alive: Scores, block: int = 1) -> dict[str, Tensor]:
+def shares(energy: Scores, alive: Scores, block: Block = ALONE) -> dict[str, Tensor]:
     """Scores that can be compared between layers, of the energies' shapes: a block's energy, summed over its live
     weights, as a share of what would be left of its layer if every lesser block went; then divided by their number.
 
@@ -98,11 +99,11 @@ def shares(energy: Scores, alive: Scores, block: int = 1) -> dict[str, Tensor]:
     found = {}
     for name, value in energy.items():
         mean, size = _units(value, alive[name], block)
-        total = torch.where(size > 0, mean * size, 0.0).flatten()
-        order = mean.flatten().argsort(descending=True, stable=True)
+        total = torch.where(size > 0, mean * size, 0.0)
+        order = mean.argsort(descending=True, stable=True)
         total[order] = total[order] / total[order].cumsum(0).clamp_min(torch.finfo(total.dtype).tiny)
-        share = (total.view_as(mean) / size.clamp_min(1))[:, None].expand(-1, len(value) // len(mean), -1)
-        found[name] = torch.where(alive[name], share.reshape(value.shape), 0.0)
+        share = spread(total / size.clamp_min(1), value.shape, block)
+        found[name] = torch.where(alive[name], share, 0.0)
     return found
 
 
@@ -137,10 +138,9 @@ def unanimous(scores: Sequence[Scores]) -> dict[str, Tensor]:
     return {name: part.reshape(scores[0][name].shape) for name, part in zip(names, parts, strict=True)}
 
 
-def _units(score: Tensor, alive: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """(rows, columns) of what is kept or pruned at once: its score a weight (least if none lives), its live weights."""
-    block = block if score.shape[0] % block == 0 else 1
-    living = alive.reshape(len(score) // block, block, -1)
+def _units(score: Tensor, alive: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """Of each that is kept or pruned at once: its score a weight (least if none lives), and its live weights."""
+    living = blocks(alive, block, False)
     size = living.sum(1)
-    total = torch.where(living, score.reshape(living.shape), 0.0).sum(1)
+    total = torch.where(living, blocks(score, block, 0.0), 0.0).sum(1)
     return torch.where(size > 0, total / size.clamp_min(1), -torch.inf), size

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.bench import Bench
+from compressor.blocks import Block
 from compressor.channels import Axis
 from compressor.criteria.gradients import by_task
 from compressor.graph import tensor_of
@@ -44,7 +45,7 @@ def magnitude(model: MultiTaskModel, names: list[str]) -> dict[str, Tensor]:
     return {name: tensor_of(model.module, name).detach().abs() for name in names}
 
 
-def by_layer(model: MultiTaskModel, names: list[str], block: int) -> dict[str, Tensor]:
+def by_layer(model: MultiTaskModel, names: list[str], block: Block) -> dict[str, Tensor]:
     """Squared weights as shares of their layer, small layers' weights worth more than large ones' (LAMP).
 
     Source: Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", ICLR 2021.

@@ -102,6 +102,20 @@ def test_blocks_of_outputs_stay_or_go_together(model: MultiTaskModel, bench: Ben
     assert nest(masks_of_rounds(bench))
 
 
+def test_tiles_stay_or_go_together_whatever_the_size(model: MultiTaskModel, bench: Bench) -> None:
+    after = ticket(keep_ratio=0.25, rounds=2, pattern="3x5").run(model, bench)
+    left = total = 0
+    for mask in after.masks.values():
+        left, total = left + int(mask.sum()), total + mask.numel()
+        wide = mask.reshape(*mask.shape[:2], -1)
+        for y in range(0, wide.shape[0], 3):
+            for x in range(0, wide.shape[1], 5):
+                tile = wide[y : y + 3, x : x + 5]
+                assert torch.equal(tile.any(0).any(0), tile.all(0).all(0))
+    assert 0.25 * total - 15 <= left <= 0.25 * total
+    assert nest(masks_of_rounds(bench))
+
+
 def test_n_of_each_m_inputs_stay(model: MultiTaskModel, bench: Bench) -> None:
     after = ticket(keep_ratio=None, rounds=2, pattern="1:4").run(model, bench)
     assert bench.notes[0] == "left whole, because their size does not fit '1:4': stem.0.weight."
@@ -155,7 +169,7 @@ def test_a_share_of_its_layer_is_of_survivors_no_smaller(model: MultiTaskModel) 
     model.masks = {name: mask.view_as(weight)}
     with torch.no_grad():
         weight.fill_(100.0).flatten()[:3] = torch.tensor([-1.0, 3.0, 2.0])
-    found = by_layer(model, [name], 1)[name].flatten()
+    found = by_layer(model, [name], (1, 1))[name].flatten()
     torch.testing.assert_close(found[:3], torch.tensor([1 / 14, 9 / 9, 4 / 13], dtype=torch.float64))
     assert not bool(found[3:].any())
 
@@ -164,7 +178,7 @@ def test_a_block_has_its_share_of_a_layer_together() -> None:
     """Two rows of a column are a block: energies of 16, 4, 8 and of a lone survivor's 2; of equal means the earlier."""
     energy = torch.tensor([[10.0, 1.0], [6.0, 3.0], [4.0, 2.0], [4.0, 7.0]])
     living = torch.tensor([[True, True], [True, True], [True, True], [True, False]])
-    found = shares({"a": energy}, {"a": living}, 2)["a"].tolist()
+    found = shares({"a": energy}, {"a": living}, (2, 1))["a"].tolist()
     first, second, third, last = 16 / 16 / 2, 8 / 24 / 2, 4 / 28 / 2, 2 / 30
     assert found == [pytest.approx(row) for row in ([first, third], [first, third], [second, last], [second, 0])]
 
@@ -183,7 +197,7 @@ def test_by_shares_of_layers_none_is_lost_and_each_keeps_its_largest(model: Mult
     assert float(small.float().mean()) > float(large.float().mean())
 
 
-@pytest.mark.parametrize("text", ["", "4", "1x1", "4x2", "0:4", "4:2", "2:4x1", "x1", "free "])
+@pytest.mark.parametrize("text", ["", "4", "1x1", "1x4", "0:4", "4:2", "2:4x1", "x1", "free "])
 def test_patterns_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="a pattern is"):
         Pattern.parse(text)
@@ -354,8 +368,9 @@ def test_components_are_told_apart_by_who_reads_them(model: MultiTaskModel) -> N
         "mask.2.bias": {3},
     }  # fmt: skip
     assert part["fused.weight"][:, 7].tolist() == [1, 1, 1, 2]
-    assert components(model, ["fused.weight"], block=4)["fused.weight"].unique().tolist() == [0], "a block of both"
-    assert components(model, ["fused.weight"], block=3)["fused.weight"][:, 0].tolist() == [1, 1, 1, 2], "no multiple"
+    four, three = (components(model, ["fused.weight"], block=(rows, 1))["fused.weight"] for rows in (4, 3))
+    assert four.unique().tolist() == [0], "a block of both"
+    assert three[:, 0].tolist() == [1, 1, 1, 2], "no multiple"
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])

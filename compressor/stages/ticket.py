@@ -50,7 +50,9 @@ class Ticket(Settings):
             gradient (DiSparse), measured on `calibrate_batches`; or "learnt": a training before each round finds a
             threshold for each component (AdapMTL, `compressor/thresholds.py`).
         pattern: "free"; blocks of outputs that are kept or pruned together, such as "4x1", which the CPU's kernels run
-            1.4 times as fast as scattered weights; or N of each M inputs, such as "2:4", which sets the ratio itself.
+            1.4 times as fast as scattered weights; tiles such as "8x16", 8 outputs and 16 inputs at one tap, which an
+            accelerator leaves out where they are empty; or N of each M inputs, such as "2:4", which sets the ratio
+            itself.
         prune_also: what is pruned beside the weights of convolutions and linear layers: their "bias", the "norm" layers
             (scales and shifts), and every "other" parameter (the module's own, embeddings, recurrent layers).
         rewind: the state to which survivors, and all that is not pruned, return before each training: "none", they stay

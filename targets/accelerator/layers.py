@@ -58,6 +58,10 @@ class Window:
         return seen[:, :: self.step[0], :: self.step[1], :: self.spread[0], :: self.spread[1]]
 
 
+POINT = Window()
+"""A single value."""
+
+
 @dataclass(frozen=True, slots=True)
 class Contraction:
     """A convolution; a dense layer and a matrix product are ones of a single tap.

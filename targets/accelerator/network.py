@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from targets.accelerator.arithmetic import Int8
 from targets.accelerator.design import Design
 from targets.accelerator.isa import encode
-from targets.accelerator.layers import Contraction, Layer, Window
+from targets.accelerator.layers import POINT, Contraction, Layer, Window
 from targets.accelerator.tensors import Place
 from targets.accelerator.tiling import Compiler
 from targets.accelerator.tokens import synchronised
@@ -143,11 +143,10 @@ def _thin(node: Node, channels: int, design: Design) -> Contraction | None:
     before, after = taps * -(-channels // design.rows), -(-channels * taps // design.rows)
     if before < 2 * after:
         return None
-    return Contraction(layer.weights.reshape(len(layer.weights), -1, 1, 1), Window(), layer.pad_value, layer.step)
+    return Contraction(layer.weights.reshape(len(layer.weights), -1, 1, 1), POINT, layer.pad_value, layer.step)
 
 
 def windows_of(picture: Int8, window: Window, fill: int) -> Int8:
     """(channels * taps, lines, columns): what a window reads, as channels."""
-    seen = window.of(picture, fill)
-    channels, height, width, *_ = seen.shape
-    return np.ascontiguousarray(seen.transpose(0, 3, 4, 1, 2)).reshape(-1, height, width)
+    seen = window.of(picture, fill).transpose(0, 3, 4, 1, 2)
+    return np.ascontiguousarray(seen).reshape(-1, *seen.shape[3:])

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tvm import ir, relax
 
 from targets.accelerator.arithmetic import FRACTION_BITS, Addition, Scaling, Step
-from targets.accelerator.layers import Contraction, Layer, Pooling, Window
+from targets.accelerator.layers import POINT, Contraction, Layer, Pooling, Window
 from targets.accelerator.network import Grid, Network, Node, Value
 from targets.errors import TargetError
 
@@ -56,7 +56,7 @@ class Pending:
     source: str
     other: str | None = None
     weights: Constant | None = None
-    window: Window = Window()
+    window: Window = POINT
     groups: int = 1
     bias: Floats | None = None
     share: float = 1.0
@@ -312,7 +312,7 @@ def _same(value: Value) -> Contraction:
     """Answers what it is given."""
     count, zero = value.shape[0], value.grid.zero
     step = Step(Scaling.of(np.ones(count), np.full(count, -float(zero))), zero)
-    return Contraction(np.eye(count, dtype=np.int8)[:, :, None, None], Window(), zero, step)
+    return Contraction(np.eye(count, dtype=np.int8)[:, :, None, None], POINT, zero, step)
 
 
 def _clipped(made: Pending) -> bool:

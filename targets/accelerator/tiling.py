@@ -11,7 +11,7 @@ from targets.accelerator.arithmetic import Int8, Step
 from targets.accelerator.design import WORD_BYTES, Design
 from targets.accelerator.errors import ProgramError
 from targets.accelerator.isa import Gemm, Instruction, Load, Memory, Post, Source, Store
-from targets.accelerator.layers import Contraction, Layer, Pooling, Window
+from targets.accelerator.layers import POINT, Contraction, Layer, Pooling
 from targets.accelerator.parameters import pack
 from targets.accelerator.tensors import Place
 
@@ -328,7 +328,7 @@ def framed(
     layer: Layer | None, source: Place, block: int, patch: Patch, memory: Memory, row: int, lane: int, d: Design
 ) -> Load:
     """Load what a layer's patch reads of a block of channels, with its part of the frame; without one, the patch."""
-    window, fill = (layer.window, layer.pad_value) if layer is not None else (Window(), 0)
+    window, fill = (layer.window, layer.pad_value) if layer is not None else (POINT, 0)
     height, width = window.reach((patch.ny, patch.nx))
     y, x = patch.y * window.step[0] - window.pad[0], patch.x * window.step[1] - window.pad[1]
     top, left = max(0, -y), max(0, -x)
