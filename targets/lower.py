@@ -29,8 +29,11 @@ SUPPORTED = frozenset((
 ))
 
 
-def lower(program: Program) -> tvm.IRModule:
+def lower(program: Program, *, integers: bool = False) -> tvm.IRModule:
     """The program as a Relax module: weights bound as constants, static shapes, outputs a tuple in task order.
+
+    Args:
+        integers: keep what is quantized as integers, for a target that computes with them.
 
     Raises:
         TargetError: unsupported operators (all of them named), a shape that is not static, outputs that are not
@@ -42,7 +45,7 @@ def lower(program: Program) -> tvm.IRModule:
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said):
-            module = _Importer(None, "float32").from_onnx(graph, opset)
+            module = _Importer(integers=integers).from_onnx(graph, opset)
     except (ValueError, TypeError, AssertionError, RuntimeError, AttributeError, LookupError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise TargetError(f"Program '{program.name}' cannot be imported: {reason}") from error
@@ -126,9 +129,13 @@ def _answers_of(main: relax.Function) -> tuple[list[Any], set[Any]]:
 class _Importer(ONNXGraphImporter):  # type: ignore[misc]
     """TVM's importer with a few operators said more directly or, where it is wrong, rightly."""
 
+    def __init__(self, *, integers: bool) -> None:
+        super().__init__(None, "float32")
+        self.direct = {name: how for name, how in _DIRECT.items() if not (integers and how is _dequantize)}
+
     def _convert_operator(self, op_name: str, inputs: Any, attrs: dict[str, Any], opset: int) -> Any:
-        if op_name in _DIRECT:
-            direct = _DIRECT[op_name](self.bb, [self._constant(value) for value in inputs], attrs)
+        if op_name in self.direct:
+            direct = self.direct[op_name](self.bb, [self._constant(value) for value in inputs], attrs)
             if direct is not None:
                 return self.bb.normalize(direct)
         return super()._convert_operator(op_name, inputs, attrs, opset)

@@ -119,6 +119,8 @@ class _Reader:
             seen = self.known.get(operand)
             if isinstance(seen, Real | Value):
                 self.outputs[seen.name] = None
+            elif isinstance(seen, Pending):  # which the host has to compute, from what it is made of
+                self.outputs |= {name: None for name in (seen.source, seen.other) if name is not None}
 
     def _operand(self, arg: Any) -> Any:
         if isinstance(arg, ir.GenericConst):

@@ -1,0 +1,144 @@
+"""Quantized networks on the accelerator: read from Relax, bit-exact on every level, within a step of ONNX Runtime."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+from plain import Plain, setup, task
+from torch import Tensor, nn
+from tvm import relax
+
+from compressor.export import to_program
+from compressor.pathway import extract
+from compressor.stages.quantize import Quantize
+from targets.accelerator import simulator
+from targets.accelerator.arithmetic import Int8
+from targets.accelerator.circuit import simulate
+from targets.accelerator.design import Design
+from targets.accelerator.layers import Contraction
+from targets.accelerator.network import Network, compile_network
+from targets.accelerator.reading import read
+from targets.base import Program
+from targets.errors import TargetError
+from targets.lower import lower
+
+SMALL = Design(rows=8, columns=8, lanes=2, input_rows=256, weight_rows=256, accumulator_rows=64, side_rows=128,
+               output_rows=64, parameter_rows=32)  # fmt: skip
+
+
+class Mixed(nn.Module):
+    """Few input channels, groups, dilation, residuals of two kinds, three poolings, and clipping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 12, 5, 2, 2), nn.ReLU6())
+        self.first = nn.Sequential(nn.Conv2d(12, 12, 3, padding=1, groups=3), nn.ReLU())
+        self.second = nn.Conv2d(12, 12, 3, padding=2, dilation=2)
+        self.third = nn.Sequential(nn.Conv2d(12, 20, 3, 2, 1), nn.ReLU())
+        self.short = nn.Conv2d(12, 20, 1, 2)
+        self.deep = nn.Sequential(nn.Conv2d(20, 20, 3, padding=1, groups=20), nn.ReLU())
+        self.last = nn.Conv2d(20, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = nn.functional.max_pool2d(x, 3, 1, 1)
+        x = torch.relu(self.second(self.first(x)) + x)
+        x = self.third(x) + self.short(x)
+        x = nn.functional.avg_pool2d(x, 2) + nn.functional.max_pool2d(x, 2)
+        return self.last(self.deep(x) * 1.0)
+
+
+INPUT = torch.randn(1, 1, 20, 24, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
+    model, bench = setup(Mixed, (INPUT,), tmp_path_factory.mktemp("quantized"))
+    found = Quantize(kind="quantize", batches=2, most_kept=0.0).run(model, bench)
+    return to_program(extract(found, ["t"]), found.inputs)[1]
+
+
+@pytest.fixture(scope="module")
+def network(program: Program) -> Network:
+    return read(lower(program, integers=True)["main"])
+
+
+def by_onnx_runtime(program: Program, x: np.ndarray) -> dict[str, Int8]:
+    """What every QuantizeLinear answers, by the name that Relax, which keeps their order, has for it."""
+    bindings = lower(program, integers=True)["main"].body.blocks[0].bindings
+    calls = [one for one in bindings if isinstance(one.value, relax.Call)]
+    called = [one.var.name for one in calls if one.value.op.name == "relax.quantize"]
+    model = onnx.ModelProto.FromString(program.model.SerializeToString())
+    names = [node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.INT8, None) for name in names)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    found = session.run(names, {session.get_inputs()[0].name: x})
+    return {name: value[0] for name, value in zip(called, found, strict=True)}
+
+
+def test_every_convolution_is_read(network: Network) -> None:
+    found = [node.layer for node in network.nodes if isinstance(node.layer, Contraction)]
+    assert [layer.groups for layer in found if layer.groups > 1] == [3, 20]
+    assert sum(layer.step.addition is not None for layer in found) == 3
+    assert len(network.inputs) == 1 and len(network.outputs) == 1
+
+
+def test_every_layer_is_within_a_step_of_onnx_runtime(program: Program, network: Network) -> None:
+    """Each of what ONNX Runtime gives it: a value that falls on the other side of a half would move those behind it."""
+    differing = count = 0
+    for seed in range(4):
+        x = torch.randn(INPUT.shape, generator=torch.Generator().manual_seed(seed)).numpy()
+        given = by_onnx_runtime(program, x)
+        for node in network.nodes:
+            answer = node.layer(given[node.source], None if node.other is None else given[node.other])
+            wanted = given.setdefault(node.result, answer)  # a pooling that keeps its grid is in no QuantizeLinear
+            gap = np.abs(answer.astype(int) - wanted.astype(int))
+            assert gap.max() <= 1, node.result
+            differing, count = differing + int((gap > 0).sum()), count + gap.size
+    assert differing < 0.005 * count
+
+
+@pytest.mark.parametrize("design", [SMALL, Design()], ids=["8 x 8, small", "16 x 8"])
+def test_programs_answer_every_value_as_the_reference_does(network: Network, design: Design) -> None:
+    chance = np.random.default_rng(0)
+    built = compile_network(network, design)
+    (name,), memory = network.inputs, built.image.copy()
+    for _ in range(2):  # a second frame finds the memory as the first left it
+        x = chance.integers(-128, 128, network.values[name].shape, np.int8)
+        wanted = network({name: x})
+        built.write(name, x, memory)
+        simulator.execute(built.program, memory, design)
+        for node in network.nodes:
+            assert np.array_equal(built.read(node.result, memory), wanted[node.result]), node.result
+
+
+@pytest.mark.slow
+def test_the_circuit_answers_as_the_reference_does(network: Network) -> None:
+    built = compile_network(network, SMALL)
+    (name,), memory = network.inputs, built.image.copy()
+    x = np.random.default_rng(0).integers(-128, 128, network.values[name].shape, np.int8)
+    built.write(name, x, memory)
+    expected = memory.copy()
+    cycles = simulator.execute(built.program, expected, SMALL).cycles
+    assert simulate.run(built.program, memory, SMALL) == cycles
+    assert np.array_equal(memory, expected)
+
+
+def test_an_input_of_few_channels_fills_the_array(network: Network) -> None:
+    built = compile_network(network, Design())
+    place = built.places[network.inputs[0]]
+    assert (place.channels, place.height, place.width) == (25, 10, 12)
+
+
+def test_a_network_that_is_not_quantized_is_refused() -> None:
+    workload = Plain(Mixed, (INPUT,), (task(),))
+    model, _ = setup(Mixed, (INPUT,), Path(), *workload.tasks)
+    program = to_program(extract(model, ["t"]), model.inputs)[1]
+    with pytest.raises(TargetError, match="it needs int8, so quantize it"):
+        read(lower(program, integers=True)["main"])
