@@ -1,0 +1,129 @@
+"""DroNet in int8 on the accelerator's 16 x 8 array: bits, cycles, and what sparsity saves. No board is needed.
+
+    python tools/bench/fpga.py [--json FILE] [--quick]
+
+Bits and cycles are compared on three levels: layers in numpy, programs in the instruction-level simulator, and the
+circuit under Verilator, which takes a minute to build the first time. Cycles are of a memory that answers after 20, and
+all are counted. Cut and sparse networks are not trained here: cycles do not depend on that. --quick runs 8 frames.
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+from rows import Row, finish, options
+
+from compressor import compute, pipeline, recipe
+from compressor.bench import Bench
+from compressor.export import to_program
+from compressor.model import MultiTaskModel
+from compressor.pathway import extract
+from compressor.pipeline import Job
+from compressor.progress import Reporter
+from compressor.stages.prune import Prune
+from compressor.stages.quantize import Quantize
+from compressor.stages.ticket import Ticket
+from compressor.training import Training
+from targets.accelerator import simulator
+from targets.accelerator.circuit import verilated
+from targets.accelerator.design import Design
+from targets.accelerator.network import Executable, Network, compile_network
+from targets.accelerator.reading import read
+from targets.lower import lower
+
+RECIPE = Path(__file__).parent / "recipes" / "dronet-channels.toml"
+DESIGN, RTL_FRAMES = Design(), 3
+CUT = Prune(kind="prune", macs=0.3, parameters=0.25, rounds=1, batches=2, criterion="magnitude", slack=1e9)
+SPARSE = Ticket(kind="ticket", keep_ratio=0.2, rounds=1, pattern="8x16", train=Training(steps=0), slack=1e9)
+
+
+def integers(model: MultiTaskModel, bench: Bench) -> Network:
+    """The model in int8 as integer layers."""
+    found = Quantize(kind="quantize", most_kept=0.0, slack=1e9).run(model, bench)
+    program = to_program(extract(found, [task.name for task in found.tasks]), found.inputs)[1]
+    return read(lower(program, integers=True)["main"])
+
+
+def frames(bench: Bench, network: Network, count: int | None) -> list[np.ndarray]:
+    """Validation frames as the host gives them to the accelerator, (channels, height, width)."""
+    grid, found = network.values[network.inputs[0]].grid, list[np.ndarray]()
+    for batch in bench.validation:
+        steps = np.rint(batch.inputs[0].numpy() / np.float32(grid.scale)) + grid.zero
+        found += list(np.clip(steps, -128, 127).astype(np.int8))
+        if count is not None and len(found) >= count:
+            return found[:count]
+    return found
+
+
+def bits(network: Network, built: Executable, inputs: list[np.ndarray]) -> int:
+    """Frames of which any value differs between program and layers."""
+    (name,), wrong = network.inputs, 0
+    for frame in inputs:
+        memory, wanted = built.image.copy(), network({name: frame})
+        built.write(name, frame, memory)
+        simulator.execute(built.program, memory, DESIGN)
+        made = [node.result for node in network.nodes]
+        wrong += not all(np.array_equal(built.read(value, memory), wanted[value]) for value in made)
+    return wrong
+
+
+def circuit(built: Executable, name: str, inputs: list[np.ndarray]) -> tuple[int, int, float, float]:
+    """(frames that differ in a bit, cycles that they are off by, seconds of a frame, times the model is faster)."""
+    library, wrong, off, seconds = verilated.library(DESIGN), 0, 0, []
+    for frame in inputs:
+        memory = built.image.copy()
+        built.write(name, frame, memory)
+        expected = memory.copy()
+        cycles = simulator.execute(built.program, expected, DESIGN).cycles
+        begun = time.perf_counter()
+        found, _ = verilated.run(library, built.program, memory)
+        seconds.append(time.perf_counter() - begun)
+        wrong, off = wrong + (not np.array_equal(memory, expected)), off + abs(found - cycles)
+    begun = time.perf_counter()
+    for _ in range(20):
+        simulator.timing(built.program, DESIGN)
+    model = (time.perf_counter() - begun) / 20
+    return wrong, off, max(seconds), float(np.median(seconds)) / model
+
+
+def rows_of(job: Job, count: int | None) -> list[Row]:
+    bench, rows = job.bench, list[Row]()
+
+    def row(case: str, value: float, goal: float | None, *, most: bool = True) -> None:
+        rows.append(Row(case, "dronet", "", 0, value, goal, most=most))
+
+    network = integers(job.model, bench)
+    built = compile_network(network, DESIGN)
+    inputs = frames(bench, network, count)
+    dense = simulator.timing(built.program, DESIGN).cycles
+    row("cycles of a frame", dense, None)
+    row("utilisation of the array", network.macs / DESIGN.multipliers / dense, 0.75, most=False)
+    row("frames simulated", len(inputs), None)
+    row("of them with a wrong bit", bits(network, built, inputs), 0)
+    wrong, off, seconds, faster = circuit(built, network.inputs[0], inputs[:RTL_FRAMES])
+    row(f"of {RTL_FRAMES} in RTL, with a wrong bit", wrong, 0)
+    row("cycles that the model is off by", off, 0)
+    row("seconds of a frame in RTL", seconds, 300)
+    row("times the cycle model is faster than RTL", faster, 1000, most=False)
+    cut = CUT.run(job.model, bench)
+    for case, model, goal in (
+        ("cut to 30 % of the multiply-adds", cut, 2.5), ("80 % of the weights in empty tiles", job.model, 3.0),
+        ("both", cut, None),
+    ):  # fmt: skip
+        chosen = model if "cut" in case else SPARSE.run(model, bench)
+        cycles = simulator.timing(compile_network(integers(chosen, bench), DESIGN).program, DESIGN).cycles
+        row(f"times fewer cycles: {case}", dense / cycles, goal, most=False)
+    return rows
+
+
+def main() -> None:
+    given = options(__doc__).parse_args()
+    loaded, base = recipe.load(RECIPE)
+    job = pipeline.prepare(loaded, base, Reporter(), builds=False)
+    with compute.threads(loaded.compute_threads):
+        job.bench.before = job.bench.scores(job.model)
+        finish(rows_of(job, 8 if given.quick else None), given.json)
+
+
+if __name__ == "__main__":
+    main()
