@@ -1,6 +1,6 @@
 """Layers of any shape, compiled for the accelerator: what several tests of it run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from hypothesis import strategies as st
@@ -53,7 +53,7 @@ def compiled(layer: Layer, shape: tuple[int, int, int], design: Design, seed: in
     chance = np.random.default_rng(seed)
     compiler = Compiler(design)
     source = compiler.place(*shape)
-    results = layer.window.results(*shape[1:])
+    results = layer.results(*shape[1:])
     other: Place | None = None
     if layer.step.addition is not None and isinstance(layer, Contraction):
         other = compiler.place(len(layer.weights), *results)
@@ -88,4 +88,6 @@ def layers(draw: st.DrawFn) -> tuple[Layer, tuple[int, int, int]]:
     addition = Addition.of(0.5, 0.8, -7, 3, 3, 127) if draw(st.booleans()) else None
     layer = contraction(chance, shape[0], draw(st.integers(1, 40)), window, addition)
     layer.weights[chance.random(layer.weights.shape) < draw(st.sampled_from((0.0, 0.9, 0.999, 1.0)))] = 0
-    return layer, shape
+    found = layer.results(*shape[1:])
+    pool = (1, 1) if addition else tuple(draw(st.integers(1, min(3, size))) for size in found)
+    return replace(layer, pool=pool), shape

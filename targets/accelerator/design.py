@@ -34,9 +34,9 @@ class Design(Settings):
     lanes: int = Field(ge=2, le=64, default=4)
     input_rows: int = Field(ge=64, le=2**14, default=2048)
     weight_rows: int = Field(ge=64, le=2**14, default=4096)
-    accumulator_rows: int = Field(ge=32, le=2**10, default=512)
-    side_rows: int = Field(ge=32, le=2**12, default=1024)
-    output_rows: int = Field(ge=32, le=2**12, default=1024)
+    accumulator_rows: int = Field(ge=32, le=2**10, default=1024)
+    side_rows: int = Field(ge=32, le=2**12, default=2048)
+    output_rows: int = Field(ge=32, le=2**12, default=2048)
     parameter_rows: int = Field(ge=16, le=2**10, default=512)
     queue: int = Field(ge=2, le=64, default=8)
 

@@ -35,11 +35,17 @@ class Memory(IntEnum):
 
 
 class Source(IntEnum):
-    """What POST reads: sums of products, or the largest or the sum of a window of the side buffer."""
+    """What POST reads."""
 
     ACCUMULATORS = 0
-    LARGEST = 1
-    SUM = 2
+    SIDE = 1
+
+
+class Reduce(IntEnum):
+    """What POST makes of a window, channel by channel."""
+
+    LARGEST = 0
+    SUM = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,21 +126,24 @@ class Gemm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Post:
-    """`ny * nx` rows of accumulators, or windows of the side buffer, to int8 rows of the output buffer.
+    """`ny * nx` windows of accumulators or of the side buffer to int8 rows of the output buffer.
+
+    Windows have `window_y` lines of `window_x` rows, the lines `line` rows apart; `step_y` and `step_x` rows lie
+    between lines of windows and between windows.
 
     Attributes:
-        bank, row: of the accumulators, of the first row; the rows follow each other.
+        bank, row: of the accumulators, and their first window's first row.
+        side: first row of the side buffer's first window.
         parameters: row of the header; the channels' follow it.
         row_out: of the output buffer; the rows follow each other.
-        add: whether rows of the side buffer are added to accumulators: windows of one row.
-        side: first row of the first window. Windows have `window_y` lines of `window_x` rows, the lines `line` rows
-            apart; `step_y` and `step_x` rows lie between lines of windows and between windows.
+        add: whether the side buffer's windows are added to those of accumulators; all have one row then.
     """
 
     UNIT: ClassVar = Unit.POST
     waits: Annotated[Unit, U4] = Unit.NONE
     signals: Annotated[Unit, U4] = Unit.NONE
-    source: Annotated[Source, U2]
+    source: Annotated[Source, U1]
+    reduce: Annotated[Reduce, U1] = Reduce.LARGEST
     bank: Annotated[int, U1] = 0
     row: Annotated[int, U10] = 0
     parameters: Annotated[int, U10]

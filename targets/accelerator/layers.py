@@ -72,6 +72,8 @@ class Contraction:
         pad_value: what the frame holds, the zero of the input's grid.
         step: for all outputs.
         groups: how many there were.
+        pool: lines and columns of results, of which the largest sum is kept: what pooling its answers would keep where
+            no scale is negative.
     """
 
     weights: Int8
@@ -79,17 +81,28 @@ class Contraction:
     pad_value: int
     step: Step
     groups: int = 1
+    pool: Pair = (1, 1)
 
     def __post_init__(self) -> None:
         if self.weights.dtype != np.int8 or self.weights.ndim != 4 or len(self.step.scaling) != len(self.weights):
             raise TargetError("A contraction needs int8 weights (outputs, inputs, lines, columns) and as many scales.")
+        if self.pool != (1, 1) and self.step.addition is not None:
+            raise TargetError("A contraction whose answers are pooled cannot add another tensor.")
         if self.weights[0].size * 2**14 >= LARGEST_SUM:
             raise TargetError(f"A sum of {self.weights[0].size} products does not fit an accumulator of 32 bits.")
+
+    def results(self, height: int, width: int) -> Pair:
+        """Lines and columns of results."""
+        found = self.window.results(height, width)
+        return found[0] // self.pool[0], found[1] // self.pool[1]
 
     def __call__(self, x: Int8, other: Int8 | None = None) -> Int8:
         """int8 (outputs, lines, columns) of int8 (inputs, height, width), plus `other` where the step adds it."""
         seen = self.window.of(x, self.pad_value)
         sums = np.einsum("ihwyx,oiyx->hwo", seen.astype(np.float64), self.weights.astype(np.float64), optimize=True)
+        height, width = self.results(*x.shape[1:])
+        parts = height, self.pool[0], width, self.pool[1], -1
+        sums = sums[: height * self.pool[0], : width * self.pool[1]].reshape(parts).max((1, 3))
         added = None if other is None else other.transpose(1, 2, 0)
         return requantized(sums.astype(np.int64), self.step, added).transpose(2, 0, 1)
 
@@ -105,6 +118,10 @@ class Pooling:
     window: Window
     pad_value: int
     step: Step
+
+    def results(self, height: int, width: int) -> Pair:
+        """Lines and columns of results."""
+        return self.window.results(height, width)
 
     def __call__(self, x: Int8, other: Int8 | None = None) -> Int8:
         """int8 (channels, lines, columns) of int8 (channels, height, width)."""

@@ -1,7 +1,7 @@
 """A network of integer layers: what it answers in numpy, and its program for a design."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,7 +77,7 @@ def macs_of(node: Node, values: Mapping[str, Value]) -> int:
     """Multiply-adds of a contraction, its groups' empty blocks left out; 0 for a pooling."""
     if not isinstance(node.layer, Contraction):
         return 0
-    _, height, width = values[node.result].shape
+    height, width = node.layer.window.results(*values[node.source].shape[1:])
     return node.layer.weights.size // node.layer.groups * height * width
 
 
@@ -89,19 +89,19 @@ class Executable:
         program: instructions, tokens placed.
         image: memory before the first run: constants, and room for values.
         places: where each value lies.
-        packed: inputs that lie in memory as the windows that their layer reads, one channel for each value of a window.
+        packed: how inputs lie in memory that do so as the windows that their layer reads.
     """
 
     design: Design
     program: bytes
     image: NDArray[np.uint8]
     places: Mapping[str, Place]
-    packed: Mapping[str, tuple[Window, int]]
+    packed: Mapping[str, "Packing"]
 
     def write(self, name: str, value: Int8, memory: NDArray[np.uint8]) -> None:
         """Put an input, (channels, height, width), where the program reads it."""
         if name in self.packed:
-            value = windows_of(value, *self.packed[name])
+            value = self.packed[name](value)
         self.places[name].write(value, memory, self.design)
 
     def read(self, name: str, memory: NDArray[np.uint8]) -> Int8:
@@ -115,16 +115,15 @@ def compile_network(network: Network, design: Design) -> Executable:
     Raises:
         ProgramError: a layer does not fit the design's buffers.
     """
-    compiler, places, packed = Compiler(design), dict[str, Place](), dict[str, tuple[Window, int]]()
+    compiler, places, packed = Compiler(design), dict[str, Place](), dict[str, Packing]()
     readers = {name: [node for node in network.nodes if name in (node.source, node.other)] for name in network.values}
     unpacked = dict[str, Node]()
     for name in network.inputs:
         shape = network.values[name].shape
-        if len(readers[name]) == 1 and (thin := _thin(readers[name][0], shape[0], design)) is not None:
-            node = readers[name][0]
-            packed[name] = node.layer.window, node.layer.pad_value
-            unpacked[node.result] = Node(thin, node.source, node.result, node.other)
-            shape = thin.weights.shape[1], *node.layer.window.results(*shape[1:])
+        if len(readers[name]) == 1 and (thin := _packed(readers[name][0], shape[0], design)) is not None:
+            packed[name], node = thin
+            unpacked[node.result] = node
+            shape = len(packed[name].order), *packed[name].window.results(*shape[1:])
         places[name] = compiler.place(*shape)
     for node in network.nodes:
         node = unpacked.get(node.result, node)
@@ -134,19 +133,56 @@ def compile_network(network: Network, design: Design) -> Executable:
     return Executable(design, encode(program), compiler.image(), places, packed)
 
 
-def _thin(node: Node, channels: int, design: Design) -> Contraction | None:
-    """A contraction of few channels as one over its windows, where that fills the array better."""
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """An input as the windows that its layer reads: a channel for each value of a window that some output needs.
+
+    Attributes:
+        fill: what the frame holds.
+        order: of each channel, its number in (channels, lines of a window, columns of a window).
+    """
+
+    window: Window
+    fill: int
+    order: NDArray[np.int64]
+
+    def __call__(self, picture: Int8) -> Int8:
+        """(channels, lines, columns of results)."""
+        seen = self.window.of(picture, self.fill).transpose(0, 3, 4, 1, 2)
+        return np.ascontiguousarray(seen.reshape(-1, *seen.shape[3:])[self.order])
+
+
+def _packed(node: Node, channels: int, design: Design) -> tuple[Packing, Node] | None:
+    """A contraction of few channels as one over its windows, where that fills the array better.
+
+    Each block of outputs finds what it needs in as few tiles as hold it; blocks share tiles where they fit together.
+    """
     layer = node.layer
     if not isinstance(layer, Contraction) or node.other is not None:
         return None
     taps = layer.weights.shape[2] * layer.weights.shape[3]
-    before, after = taps * -(-channels // design.rows), -(-channels * taps // design.rows)
-    if before < 2 * after:
+    if taps * -(-channels // design.rows) < 2 * -(-channels * taps // design.rows):
         return None
-    return Contraction(layer.weights.reshape(len(layer.weights), -1, 1, 1), POINT, layer.pad_value, layer.step)
-
-
-def windows_of(picture: Int8, window: Window, fill: int) -> Int8:
-    """(channels * taps, lines, columns): what a window reads, as channels."""
-    seen = window.of(picture, fill).transpose(0, 3, 4, 1, 2)
-    return np.ascontiguousarray(seen).reshape(-1, *seen.shape[3:])
+    rows, flat = design.rows, layer.weights.reshape(len(layer.weights), -1)
+    tiles: list[list[int]] = []
+    homes: list[tuple[slice, list[int], int]] = []
+    for first in range(0, len(flat), design.columns):
+        block = slice(first, first + design.columns)
+        needed = np.flatnonzero(flat[block].any(0)).tolist()
+        for start in range(0, len(needed), rows):
+            part = needed[start : start + rows]
+            fits = [k for k, tile in enumerate(tiles) if len({*tile, *part}) <= rows]
+            home = max(fits, key=lambda k: len({*tiles[k]} & {*part}), default=len(tiles))
+            if home == len(tiles):
+                tiles.append([])
+            tiles[home] += [number for number in part if number not in tiles[home]]
+            homes.append((block, part, home))
+    order = [number for tile in tiles[:-1] for number in (tile + tile[:1] * rows)[:rows]]
+    order += tiles[-1] if tiles else [0]
+    weights = np.zeros((len(flat), len(order)), np.int8)
+    for block, part, home in homes:
+        at = [home * rows + tiles[home].index(number) for number in part]
+        weights[block, at] = flat[block, part]
+    thin = replace(layer, weights=weights[:, :, None, None], window=POINT)
+    packing = Packing(layer.window, layer.pad_value, np.array(order))
+    return packing, Node(thin, node.source, node.result)

@@ -17,6 +17,7 @@ from tvm import ir, relax
 from targets.accelerator.arithmetic import FRACTION_BITS, Addition, Scaling, Step
 from targets.accelerator.layers import POINT, Contraction, Layer, Pooling, Window
 from targets.accelerator.network import Grid, Network, Node, Value
+from targets.accelerator.tiling import LARGEST_WINDOW
 from targets.errors import TargetError
 
 Floats = NDArray[np.float64]
@@ -101,7 +102,8 @@ class _Reader:
         outputs = [name for name in self.outputs if name in made]
         if not outputs:
             raise TargetError("The accelerator computes none of the network's layers: it needs int8, so quantize it.")
-        return Network(self.values, _summed(self.nodes, self.values, outputs), self.inputs, outputs)
+        nodes = _pooled(_summed(self.nodes, self.values, outputs), self.values, outputs)
+        return Network(self.values, nodes, self.inputs, outputs)
 
     def visit(self, var: Any, value: Any) -> None:
         """Take a binding in, or let the host compute it."""
@@ -286,6 +288,33 @@ def _summed(nodes: Sequence[Node | _Sum], values: Mapping[str, Value], outputs: 
         found.append(Node(layer, maker.source, node.result, other))
         taken |= {own} & set(alone)
     return [node for node in found if node.result not in taken]
+
+
+def _pooled(nodes: Sequence[Node], values: Mapping[str, Value], outputs: Sequence[str]) -> list[Node]:
+    """Contractions that take in the pooling of their answers, where windows lie side by side and nothing else reads."""
+    readers = Counter(name for node in nodes for name in (node.source, node.other))
+    makers = {
+        node.result: node for node in nodes
+        if isinstance(node.layer, Contraction) and readers[node.result] == 1 and node.result not in outputs
+        and node.layer.step.addition is None and (node.layer.step.scaling.multiplier >= 0).all()
+    }  # fmt: skip
+    found, taken = list[Node](), set[str]()
+    for node in nodes:
+        maker, layer = makers.get(node.source), node.layer
+        if maker is None or not isinstance(layer, Pooling) or not _side_by_side(layer, node, values):
+            found.append(node)
+            continue
+        assert isinstance(maker.layer, Contraction)
+        found.append(Node(replace(maker.layer, pool=layer.window.size), maker.source, node.result))
+        taken.add(node.source)
+    return [node for node in found if node.result not in taken]
+
+
+def _side_by_side(layer: Pooling, node: Node, values: Mapping[str, Value]) -> bool:
+    """Is it the largest of windows that neither overlap nor leave the picture, on the same grid?"""
+    window, same = layer.window, values[node.source].grid == values[node.result].grid
+    whole = same and (layer.step.low, layer.step.high) == (-128, 127) and layer.kind == "largest"
+    return whole and window.size == window.step and not any(window.pad) and max(window.size) <= LARGEST_WINDOW
 
 
 def _contraction(made: Pending, source: Grid, grid: Grid, low: int, high: int) -> Contraction:

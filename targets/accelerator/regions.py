@@ -69,8 +69,8 @@ def pixels(one: Gemm) -> Rows:
 
 
 def windows(one: Post) -> Rows:
-    """Rows (results, rows of a window) of the side buffer."""
-    first = one.side + one.step_y * np.arange(one.ny)[:, None] + one.step_x * np.arange(one.nx)
+    """Rows (results, rows of a window), from a buffer's first on."""
+    first = one.step_y * np.arange(one.ny)[:, None] + one.step_x * np.arange(one.nx)
     within = one.line * np.arange(one.window_y)[:, None] + np.arange(one.window_x)
     return first.reshape(-1, 1) + within.reshape(1, -1)
 
@@ -86,10 +86,11 @@ def reads(one: Instruction, design: Design) -> list[tuple[Buffer, Rows]]:
             return found if one.clear else [*found, (BANKS[one.bank], _summed(one))]
         case Post():
             found = [(Buffer.PARAMETERS, one.parameters + np.arange(design.parameter_block))]
-            if one.source is not Source.ACCUMULATORS:
-                return [*found, (Buffer.SIDE, windows(one))]
-            found.append((BANKS[one.bank], one.row + np.arange(one.ny * one.nx)))
-            return [*found, (Buffer.SIDE, windows(one))] if one.add else found
+            if one.source is Source.ACCUMULATORS:
+                found.append((BANKS[one.bank], one.row + windows(one)))
+            if one.source is Source.SIDE or one.add:
+                found.append((Buffer.SIDE, one.side + windows(one)))
+            return found
         case Store():
             return [(Buffer.OUTPUTS, one.row + np.arange(one.ny * one.nx))]
         case _:

@@ -15,7 +15,8 @@
 
 enum { LOAD, GEMM, POST, STORE, UNITS };
 enum { INPUTS, WEIGHTS, SIDE, PARAMETERS };
-enum { ACCUMULATORS, LARGEST, SUM };
+enum { ACCUMULATORS, IN_SIDE };
+enum { LARGEST, SUM };
 
 typedef struct {
   int64_t rows, columns, lanes, input_rows, weight_rows, accumulator_rows, side_rows, output_rows, parameter_rows, queue;
@@ -104,6 +105,7 @@ static int64_t clamped(int64_t value, int64_t low, int64_t high) {
 static void post(Machine *m, const Instruction *one) {
   const int64_t columns = m->d.columns, ny = FIELD(one, POST_NY), nx = FIELD(one, POST_NX);
   const int64_t source = FIELD(one, POST_SOURCE), add = FIELD(one, POST_ADD), line = FIELD(one, POST_LINE);
+  const int64_t reduce = FIELD(one, POST_REDUCE);
   const int64_t height = FIELD(one, POST_WINDOW_Y), width = FIELD(one, POST_WINDOW_X);
   const uint64_t *header = m->parameters + FIELD(one, POST_PARAMETERS) * m->d.lanes, *channels = header + m->d.lanes;
   const int64_t zero = WORD(header[0], GRIDS_ZERO), low = WORD(header[0], GRIDS_LOW), high = WORD(header[0], GRIDS_HIGH);
@@ -111,26 +113,24 @@ static void post(Machine *m, const Instruction *one) {
   const int64_t sum_low = WORD(header[0], GRIDS_SUM_LOW), sum_high = WORD(header[0], GRIDS_SUM_HIGH);
   const int64_t own = WORD(header[1], FACTORS_OWN), other = WORD(header[1], FACTORS_OTHER);
   const int64_t sum_shift = WORD(header[1], FACTORS_SUM_SHIFT);
-  const int32_t *sum = m->sums[FIELD(one, POST_BANK)] + FIELD(one, POST_ROW) * columns;
+  const int32_t *sums = m->sums[FIELD(one, POST_BANK)] + FIELD(one, POST_ROW) * columns;
+  const int8_t *side = m->side + FIELD(one, POST_SIDE) * columns;
   int8_t *to = m->outputs + FIELD(one, POST_ROW_OUT) * columns;
   for (int64_t y = 0; y < ny; y++)
-    for (int64_t x = 0; x < nx; x++, sum += columns) {
-      const int8_t *window =
-          m->side + (FIELD(one, POST_SIDE) + y * FIELD(one, POST_STEP_Y) + x * FIELD(one, POST_STEP_X)) * columns;
+    for (int64_t x = 0; x < nx; x++) {
+      const int64_t window = (y * FIELD(one, POST_STEP_Y) + x * FIELD(one, POST_STEP_X)) * columns;
       for (int64_t c = 0; c < columns; c++) {
-        int64_t value = source == ACCUMULATORS ? sum[c] : source == LARGEST ? -128 : 0;
-        if (source != ACCUMULATORS) {
-          for (int64_t wy = 0; wy < height; wy++)
-            for (int64_t wx = 0; wx < width; wx++) {
-              const int64_t seen = window[(wy * line + wx) * columns + c];
-              value = source == SUM ? value + seen : largest(value, seen);
-            }
-          value *= 1 << FRACTION_BITS;
-        }
+        int64_t value = reduce == SUM ? 0 : INT32_MIN;
+        for (int64_t wy = 0; wy < height; wy++)
+          for (int64_t wx = 0; wx < width; wx++) {
+            const int64_t at = window + (wy * line + wx) * columns + c;
+            const int64_t seen = source == ACCUMULATORS ? sums[at] : side[at] * (1 << FRACTION_BITS);
+            value = reduce == SUM ? value + seen : largest(value, seen);
+          }
         value = (value + WORD(channels[c], CHANNEL_BIAS)) * WORD(channels[c], CHANNEL_MULTIPLIER);
         int64_t found = clamped(rounded(value, WORD(channels[c], CHANNEL_SHIFT)) + zero, low, high);
         if (add) {
-          const int64_t total = (found - zero) * own + (window[c] - other_zero) * other;
+          const int64_t total = (found - zero) * own + (side[window + c] - other_zero) * other;
           found = clamped(rounded(total, sum_shift) + sum_zero, sum_low, sum_high);
         }
         *to++ = (int8_t)found;
@@ -147,7 +147,7 @@ static void store(Machine *m, const Instruction *one, uint8_t *memory) {
 
 /* --- and when ---------------------------------------------------------------------------------------------------- */
 
-enum { BURST = 32, BURSTS = 4, AHEAD = 4, PICK = 3, WRITE = 23, DEEPEST = 64, TOKENS = 256 };
+enum { BURST = 32, BURSTS = 4, AHEAD = 4, PICK = 4, WRITE = 23, DEEPEST = 64, TOKENS = 256 };
 
 /* A buffered queue: when an item can be read, and when there is room for the next. */
 typedef struct {

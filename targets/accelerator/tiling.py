@@ -1,7 +1,7 @@
 """A layer as instructions: how its results are cut into tiles, and in which order they are computed."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import numpy as np
@@ -10,16 +10,19 @@ from numpy.typing import NDArray
 from targets.accelerator.arithmetic import Int8, Step
 from targets.accelerator.design import WORD_BYTES, Design
 from targets.accelerator.errors import ProgramError
-from targets.accelerator.isa import Gemm, Instruction, Load, Memory, Post, Source, Store
-from targets.accelerator.layers import POINT, Contraction, Layer, Pooling
+from targets.accelerator.isa import Gemm, Instruction, Load, Memory, Post, Reduce, Source, Store
+from targets.accelerator.layers import POINT, Contraction, Layer, Pooling, Window
 from targets.accelerator.parameters import pack
 from targets.accelerator.tensors import Place
 
 Steps = list[tuple[int, int, int]]
 """(tile of input channels, ky, kx)."""
 
-GEMM_SETUP = 5
-"""Cycles beyond its rows that a tile of weights takes to get into the array."""
+LARGEST_WINDOW = 15
+"""Lines and columns that POST takes the largest or the sum of."""
+
+GEMM_SETUP, POST_SETUP, STORE_SETUP = 5, 35, 28
+"""Cycles that an instruction takes at least beyond what it moves."""
 
 
 @dataclass(slots=True)
@@ -30,13 +33,11 @@ class Group:
         constants: loads that can be done long before, as they read no answer of a layer.
         inputs: loads of activations.
         work: everything else.
-        first: whether it is the first of a layer, so that its inputs may still be in the making.
     """
 
     constants: list[Instruction] = field(default_factory=list)
-    inputs: list[Instruction] = field(default_factory=list)
+    inputs: list[Load] = field(default_factory=list)
     work: list[Instruction] = field(default_factory=list)
-    first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,9 @@ class Patch:
     ny: int
     nx: int
 
-    @property
-    def count(self) -> int:
-        return self.ny * self.nx
+    def times(self, pool: tuple[int, int]) -> "Patch":
+        """What is pooled into it."""
+        return Patch(self.y * pool[0], self.x * pool[1], self.ny * pool[0], self.nx * pool[1])
 
 
 class Compiler:
@@ -84,14 +85,17 @@ class Compiler:
         return memory
 
     def program(self) -> list[Instruction]:
-        """All instructions, without tokens: what a group needs is loaded while the one before it is computed."""
-        found = list[Instruction]()
-        for now, after in zip(self.groups, [*self.groups[1:], Group()], strict=True):
-            if now is self.groups[0]:
-                found += now.constants
-            if now is self.groups[0] or now.first:
-                found += now.inputs
-            found += _spread(now.work, [*after.constants, *([] if after.first else after.inputs)])
+        """All instructions, without tokens: what a group needs is loaded while the one before it is computed.
+
+        But what that one stores itself is loaded after it.
+        """
+        found, late = list[Instruction](), list[Instruction]()
+        for now, after in zip([Group(), *self.groups], [*self.groups, Group()], strict=True):
+            stores = [one for one in now.work if isinstance(one, Store)]
+            ahead = [one for one in after.inputs if not any(_meets(one, store, self.design) for store in stores)]
+            found += late
+            found += _spread(now.work, [*after.constants, *ahead])
+            late = [one for one in after.inputs if one not in ahead]
         return found
 
     def layer(self, layer: Layer, source: Place, other: Place | None = None) -> Place:
@@ -104,14 +108,12 @@ class Compiler:
             ProgramError: one line of results does not fit the buffers, however it is cut.
         """
         channels = len(layer.weights) if isinstance(layer, Contraction) else source.channels
-        height, width = layer.window.results(source.height, source.width)
+        height, width = layer.results(source.height, source.width)
         target = self.place(channels, height, width)
         if isinstance(layer, Contraction):
-            groups = list(_Contracting(self, layer, source, target, other).groups())
+            self.groups += _Contracting(self, layer, source, target, other).groups()
         else:
-            groups = list(_pooled(self, layer, source, target))
-        groups[0].first = True
-        self.groups += groups
+            self.groups += _pooled(self, layer, source, target)
         return target
 
     def turn(self, what: str) -> int:
@@ -123,11 +125,19 @@ class Compiler:
 def _spread(work: Sequence[Instruction], loads: Sequence[Instruction]) -> Iterator[Instruction]:
     """Both in their order, the loads evenly between the rest."""
     done = 0
+    if not work:
+        yield from loads
     for index, one in enumerate(work):
         until = len(loads) * (index + 1) // len(work)
         yield from loads[done:until]
         yield one
         done = until
+
+
+def _meets(load: Load, store: Store, d: Design) -> bool:
+    """Might a load read what a store writes? Lines are taken for all that lies between the first and the last."""
+    ends = [one.address + one.stride * (one.ny - 1) + one.nx * d.block_words for one in (load, store)]
+    return load.address < ends[1] and store.address < ends[0]
 
 
 class _Contracting:
@@ -143,6 +153,7 @@ class _Contracting:
         d = self.design = c.design
         self.tiles = _tiles(layer.weights, d)
         self.depth = self.tiles.shape[1]  # tiles of input channels
+        self.pool, self.window = layer.pool, _held(layer.window)[0]
         (self.ny, self.nx), self.part = self._cut()
 
     def groups(self) -> Iterator[Group]:
@@ -200,20 +211,21 @@ class _Contracting:
         """Load what a patch reads of some tiles of channels; the first row."""
         d, source, half = self.design, self.source, self.design.input_rows // 2
         first = half * self.compiler.turn("inputs")
-        height, width = self.layer.window.reach((patch.ny, patch.nx))
+        patch, window, fill = patch.times(self.pool), self.layer.window, self.layer.pad_value
+        height, width = self.window.reach((patch.ny, patch.nx))
         for index, tile in enumerate(part):
             for lane in range(d.blocks):
                 block = tile * d.blocks + lane
                 if block < source.blocks(d):
                     row = first + index * height * width
-                    load = framed(self.layer, source, block, patch, Memory.INPUTS, row, lane, d)
+                    load = framed(window, fill, source, block, patch, Memory.INPUTS, row, lane, d)
                     group.inputs.append(load)
         return first
 
     def _gemms(
         self, patch: Patch, steps: Steps, rows: int, first: int, weights: int, bank: int, clear: int
     ) -> Iterator[Gemm]:
-        window = self.layer.window
+        window, patch = self.window, patch.times(self.pool)
         height, width = window.reach((patch.ny, patch.nx))
         for index, (tile, ky, kx) in enumerate(steps):
             corner = ky * window.spread[0] * width + kx * window.spread[1]
@@ -229,10 +241,11 @@ class _Contracting:
         side = 0
         if self.other is not None:
             side = d.side_rows // 2 * c.turn("side")
-            group.inputs.append(framed(None, self.other, n, patch, Memory.SIDE, side, 0, d))
+            group.inputs.append(framed(POINT, 0, self.other, n, patch, Memory.SIDE, side, 0, d))
         yield Post(
             source=Source.ACCUMULATORS, bank=bank, parameters=header, row_out=row, ny=patch.ny, nx=patch.nx,
-            add=int(self.other is not None), side=side, step_y=patch.nx,
+            add=int(self.other is not None), side=side, window_y=self.pool[0], window_x=self.pool[1],
+            line=patch.nx * self.pool[1], step_y=self.pool[0] * patch.nx * self.pool[1], step_x=self.pool[1],
         )  # fmt: skip
         yield stored(patch, n, row, self.target, d)
 
@@ -240,25 +253,29 @@ class _Contracting:
         """Lines and columns of a patch, and tiles of input channels loaded together: what is expected to be fastest."""
         d, target = self.design, self.target
         found: list[tuple[int, tuple[int, int], int]] = []
-        most = min(d.accumulator_rows, d.output_rows // 2, *([d.side_rows // 2] if self.other is not None else []))
+        most = min(d.output_rows // 2, *([d.side_rows // 2] if self.other is not None else [2**20]))
         used = int((self.tiles != 0).any((4, 5)).sum())
         for ny, nx, part in product(_divisions(target.height), _divisions(target.width), _divisions(self.depth)):
-            height, width = self.layer.window.reach((ny, nx))
+            pooled = ny * self.pool[0], nx * self.pool[1]
+            height, width = self.window.reach(pooled)
+            rows = pooled[0] * pooled[1]
             steps = self.tiles.shape[2] * self.tiles.shape[3] * part
-            if ny * nx > most or nx > 1023 or height * width * part > d.input_rows // 2:
-                continue
-            if steps * d.rows > min(d.weight_rows // 2, 4095):
+            fits = ny * nx <= most and rows <= d.accumulator_rows and pooled[1] <= 1023
+            fits = fits and height * width * part <= d.input_rows // 2
+            if not fits or steps * d.rows > min(d.weight_rows // 2, 4095):
                 continue
             count = -(-target.height // ny) * -(-target.width // nx)
             again = len(self.tiles) if part < self.depth else 1
-            multiply = used * max(ny * nx, d.rows + GEMM_SETUP) * count
+            multiply = used * max(rows, d.rows + GEMM_SETUP) * count
             patch = height * width * self.source.blocks(d) * d.block_words
             weights = used * d.rows * d.block_words
             load = count * again * patch + weights * (1 if used * d.rows <= d.weight_rows // 2 else count)
-            post = count * len(self.tiles) * ny * nx * (d.columns // d.lanes)
+            groups = count * len(self.tiles)
+            post = groups * (max(ny * nx * (d.columns // d.lanes), rows) + POST_SETUP)
+            store = groups * (ny * (1 + nx * d.block_words) + STORE_SETUP)
             fetch = 2 * used * count
             ends = patch + (weights + post // count) // len(self.tiles) + fetch // 4
-            found.append((max(multiply, load, post, fetch) + ends, (ny, nx), part))
+            found.append((max(multiply, load, post, store, fetch) + ends, (ny, nx), part))
         if not found:
             raise ProgramError(
                 f"Not even one result of a window of {self.layer.window.size} over {self.source.channels} channels "
@@ -297,22 +314,25 @@ def _pooled(c: Compiler, layer: Pooling, source: Place, target: Place) -> Iterat
         for ny, nx in product(_divisions(target.height), _divisions(target.width))
         if ny * nx <= d.output_rows // 2 and np.prod(layer.window.reach((ny, nx))) <= d.side_rows // 2
     ]
-    if not cuts or max(layer.window.size) > 15 or layer.window.spread != (1, 1) or max(layer.window.step) > 15:
+    odd = layer.window.spread != (1, 1) or max(*layer.window.size, *layer.window.step) > LARGEST_WINDOW
+    if not cuts or odd:
         raise ProgramError(f"A pooling window of {layer.window.size} does not fit the side buffer of this design.")
     blocks = target.blocks(d)
     parameters = _Parameters(c, [layer.step.part(n * d.columns, (n + 1) * d.columns) for n in range(blocks)])
-    kind = Source.LARGEST if layer.kind == "largest" else Source.SUM
+    kind = Reduce.LARGEST if layer.kind == "largest" else Reduce.SUM
+    window, _ = _held(layer.window)
     for patch in patches(target, *min(cuts)[1]):
-        _, width = layer.window.reach((patch.ny, patch.nx))
+        _, width = window.reach((patch.ny, patch.nx))
         for n in range(blocks):
             group = Group()
             header = parameters.load(n, group)
             side, row = d.side_rows // 2 * c.turn("side"), d.output_rows // 2 * c.turn("outputs")
-            group.inputs.append(framed(layer, source, n, patch, Memory.SIDE, side, 0, d))
+            load = framed(layer.window, layer.pad_value, source, n, patch, Memory.SIDE, side, 0, d)
+            group.inputs.append(load)
             group.work.append(Post(
-                source=kind, parameters=header, row_out=row, ny=patch.ny, nx=patch.nx, side=side,
+                source=Source.SIDE, reduce=kind, parameters=header, row_out=row, ny=patch.ny, nx=patch.nx, side=side,
                 window_y=layer.window.size[0], window_x=layer.window.size[1], line=width,
-                step_y=layer.window.step[0] * width, step_x=layer.window.step[1],
+                step_y=window.step[0] * width, step_x=window.step[1],
             ))  # fmt: skip
             group.work.append(stored(patch, n, row, target, d))
             yield group
@@ -325,19 +345,30 @@ def patches(target: Place, ny: int, nx: int) -> Iterator[Patch]:
 
 
 def framed(
-    layer: Layer | None, source: Place, block: int, patch: Patch, memory: Memory, row: int, lane: int, d: Design
+    window: Window, fill: int, source: Place, block: int, patch: Patch, memory: Memory, row: int, lane: int, d: Design
 ) -> Load:
-    """Load what a layer's patch reads of a block of channels, with its part of the frame; without one, the patch."""
-    window, fill = (layer.window, layer.pad_value) if layer is not None else (POINT, 0)
-    height, width = window.reach((patch.ny, patch.nx))
+    """Load what a patch reads of a block of channels, with the part of the frame that it reads.
+
+    Lines that windows of a single line step over are left out (`_held`).
+    """
+    held, lines = _held(window)
+    height, width = held.reach((patch.ny, patch.nx))
     y, x = patch.y * window.step[0] - window.pad[0], patch.x * window.step[1] - window.pad[1]
     top, left = max(0, -y), max(0, -x)
-    bottom, right = max(0, y + height - source.height), max(0, x + width - source.width)
+    bottom = max(0, y + (height - 1) * lines + 1 - source.height)
+    right = max(0, x + width - source.width)
     return Load(
         memory=memory, lane=lane, row=row, address=source.at(block, y + top, x + left, d),
-        ny=height - top - bottom, nx=width - left - right, stride=source.width * d.block_words,
+        ny=height - top - bottom, nx=width - left - right, stride=lines * source.width * d.block_words,
         top=top, left=left, bottom=bottom, right=right, pad=fill,
     )  # fmt: skip
+
+
+def _held(window: Window) -> tuple[Window, int]:
+    """The window over what lies in the buffer, and how many lines of the picture lie between two of the buffer."""
+    if window.size[0] > 1 or window.pad[0] or window.pad[2]:
+        return window, 1
+    return replace(window, step=(1, window.step[1])), window.step[0]
 
 
 def stored(patch: Patch, block: int, row: int, target: Place, d: Design) -> Store:

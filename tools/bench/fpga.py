@@ -34,7 +34,9 @@ from targets.lower import lower
 RECIPE = Path(__file__).parent / "recipes" / "dronet-channels.toml"
 DESIGN, RTL_FRAMES = Design(), 3
 CUT = Prune(kind="prune", macs=0.3, parameters=0.25, rounds=1, batches=2, criterion="magnitude", slack=1e9)
-SPARSE = Ticket(kind="ticket", keep_ratio=0.2, rounds=1, pattern="8x16", train=Training(steps=0), slack=1e9)
+SPARSE = Ticket(
+    kind="ticket", keep_ratio=0.2, rounds=1, pattern="8x16", scope="layer", train=Training(steps=0), slack=1e9
+)
 
 
 def integers(model: MultiTaskModel, bench: Bench) -> Network:

@@ -11,10 +11,10 @@ from targets.accelerator.circuit.multiplier import Kind, Multiplier
 from targets.accelerator.circuit.parts import Countdown, Front, delayed, fields, lanes
 from targets.accelerator.circuit.rounding import CYCLES, to_grid
 from targets.accelerator.design import Design
-from targets.accelerator.isa import BITS, Post, Source
+from targets.accelerator.isa import BITS, Post, Reduce, Source
 from targets.accelerator.parameters import CHANNEL, FACTORS, GRIDS, Fields
 
-PICK = 3
+PICK = 4
 """Cycles from the last row of a window until the parameters of its first lanes are asked for."""
 STEP = 6
 """Cycles from there until a lane's product is complete."""
@@ -78,26 +78,27 @@ class PostUnit(wiring.Component):
         idle, missing = Countdown(m, 5, "idle"), Signal(5)
         area = now.window_x * now.window_y
         # First rows: of a window, of its line, of a line of windows.
-        window, line, column = Signal(12), Signal(12), Signal(12)
+        at, window, line, column = Signal(12), Signal(12), Signal(12), Signal(12)
         last = across.last & down.last
         at_first, ahead = Signal(), Signal()
         m.d.comb += [
             fire.eq(running & ~idling & along.last & under.last), final.eq(fire & last),
             first.eq(running & ~idling & at_first),
             ahead.eq(Mux(idling, idle.last, fire & (missing == 0))),  # to the next window
+            self.side_row.eq(now.side + at), self.sums_row.eq(now.row + at),
         ]  # fmt: skip
 
         def begin(row: Any) -> None:
-            m.d.sync += [self.side_row.eq(row), window.eq(row), line.eq(row), at_first.eq(1)]
+            m.d.sync += [at.eq(row), window.eq(row), line.eq(row), at_first.eq(1)]
             along.load(now.window_x)
             under.load(now.window_y)
 
         with m.If(starting):
             m.d.sync += [
                 running.eq(1), idling.eq(0), missing.eq(Mux(area < groups, groups - area, 0)),
-                self.sums_row.eq(now.row), column.eq(now.side),
+                column.eq(0),
             ]  # fmt: skip
-            begin(now.side)
+            begin(0)
             across.load(now.nx)
             down.load(now.ny)
         with m.Elif(running):
@@ -107,7 +108,7 @@ class PostUnit(wiring.Component):
             with m.If(idling):
                 idle.step()
             with m.If(ahead):
-                m.d.sync += [idling.eq(0), self.sums_row.eq(self.sums_row + 1), running.eq(~last)]
+                m.d.sync += [idling.eq(0), running.eq(~last)]
                 with m.If(across.last):
                     m.d.sync += column.eq(column + now.step_y)
                     begin(column + now.step_y)
@@ -119,11 +120,11 @@ class PostUnit(wiring.Component):
             with m.Elif(~idling & ~fire):
                 m.d.sync += at_first.eq(0)
                 with m.If(along.last):
-                    m.d.sync += [self.side_row.eq(line + now.line), line.eq(line + now.line)]
+                    m.d.sync += [at.eq(line + now.line), line.eq(line + now.line)]
                     along.load(now.window_x)
                     under.step()
                 with m.Else():
-                    m.d.sync += self.side_row.eq(self.side_row + 1)
+                    m.d.sync += at.eq(at + 1)
                     along.step()
         return first, fire, final
 
@@ -147,22 +148,25 @@ class PostUnit(wiring.Component):
         return part, valid, row, end
 
     def _capture(self, m: Module, now: Any, first: Signal, fire: Signal) -> tuple[Signal, Signal]:
-        """(int32 of all columns, int8 to be added to them) of a window, four cycles after its last row."""
+        """(int32 of all columns, int8 to be added to them) of a window, five cycles after its last row."""
         d = self.design
         banks = [Signal(len(bank), name=f"bank_{k}") for k, bank in enumerate(self.sums)]
-        side, beside, sums = Signal(d.columns * 8), Signal(d.columns * 8), Signal(d.columns * 32)
+        side = Signal(d.columns * 8)
         m.d.sync += [register.eq(bank) for register, bank in zip(banks, self.sums, strict=True)]
-        m.d.sync += [side.eq(self.side), beside.eq(side), sums.eq(Mux(now.bank, banks[1], banks[0]))]
-        opens, closes = delayed(m, first, 2, "opens")[2], delayed(m, fire, 3, "closes")[3]
-        row, other = Signal(d.columns * 32), Signal(d.columns * 8)
-        lifted = []
-        for c, value in enumerate(lanes(side, 8, sign=True)):
-            so_far = Signal(signed(16), name=f"so_far_{c}")
+        m.d.sync += side.eq(self.side)
+        beside = delayed(m, side, 2, "beside")
+        opens, closes = delayed(m, first, 3, "opens")[3], delayed(m, fire, 4, "closes")[4]
+        row, other, found = Signal(d.columns * 32), Signal(d.columns * 8), []
+        sums = zip(lanes(banks[0], 32), lanes(banks[1], 32), lanes(side, 8), strict=True)
+        for c, (zero, one, eight) in enumerate(sums):
+            value, so_far = Signal(signed(32), name=f"value_{c}"), Signal(signed(32), name=f"so_far_{c}")
+            lifted = Cat(Const(0, FRACTION_BITS), eight, eight[-1].replicate(32 - 8 - FRACTION_BITS))
+            m.d.sync += value.eq(Mux(now.source == Source.SIDE, lifted, Mux(now.bank, one, zero)))
             larger = Mux(value > so_far, value, so_far)
-            m.d.sync += so_far.eq(Mux(opens, value, Mux(now.source == Source.LARGEST, larger, so_far + value)))
-            lifted.append(Cat(Const(0, FRACTION_BITS), so_far, so_far[-1].replicate(32 - 16 - FRACTION_BITS)))
+            m.d.sync += so_far.eq(Mux(opens, value, Mux(now.reduce == Reduce.SUM, so_far + value, larger)))
+            found.append(so_far)
         with m.If(closes):
-            m.d.sync += [row.eq(Mux(now.source == Source.ACCUMULATORS, sums, Cat(*lifted))), other.eq(beside)]
+            m.d.sync += [row.eq(Cat(*found)), other.eq(beside[2])]
         return row, other
 
     def _header(
