@@ -76,7 +76,7 @@ class PostUnit(wiring.Component):
         across, down = Countdown(m, len(now.nx), "across"), Countdown(m, len(now.ny), "down")
         along, under = Countdown(m, len(now.window_x), "along"), Countdown(m, len(now.window_y), "under")
         idle, missing = Countdown(m, 5, "idle"), Signal(5)
-        area = now.window_x * now.window_y
+        area = sum(Mux(bit, now.window_x << k, 0) for k, bit in enumerate(now.window_y))  # too small for a multiplier
         # First rows: of a window, of its line, of a line of windows.
         at, window, line, column = Signal(12), Signal(12), Signal(12), Signal(12)
         last = across.last & down.last

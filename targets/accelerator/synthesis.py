@@ -1,0 +1,88 @@
+"""What the circuit takes of a device, and how fast it is there: yosys' synthesis, nextpnr's placing and routing."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from amaranth.back import rtlil
+
+from targets.accelerator import tools
+from targets.accelerator.circuit.harness import Harness
+from targets.accelerator.design import Design
+from targets.errors import TargetError
+
+TOP = "harness"
+SIZES = {"ecp5-25k": "25k", "ecp5-45k": "45k", "ecp5-85k": "85k"}
+PACKAGE = "CABGA381"
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Cells of an ECP5: 4-input look-up tables, flip-flops, 18x18 multipliers, block memories of 18 Kbit."""
+
+    luts: int
+    flip_flops: int
+    multipliers: int
+    memories: int
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """One run of nextpnr.
+
+    Attributes:
+        megahertz: the highest clock that it says the routed circuit has.
+        used, there: of each kind of cell.
+    """
+
+    seed: int
+    megahertz: float
+    used: dict[str, int]
+    there: dict[str, int]
+
+
+def synthesise(design: Design, folder: Path) -> Resources:
+    """Write `circuit.json`, the circuit behind four pins for an ECP5, into a folder.
+
+    Raises:
+        TargetError: yosys is missing or fails.
+    """
+    text = str(rtlil.convert(Harness(design, "ecp5"), name=TOP))
+    # Amaranth asks that a row which is read while it is written is read as it was. Tokens keep that from happening.
+    text = re.sub(r"(parameter \\COLLISION_X_MASK) (\d+)'0+", lambda m: f"{m[1]} {m[2]}'{'1' * int(m[2])}", text)
+    (folder / "circuit.il").write_text(text)
+    tools.yosys(["read_rtlil circuit.il", f"synth_ecp5 -top {TOP} -json circuit.json"], folder)
+    cells = json.loads((folder / "circuit.json").read_text())["modules"][TOP]["cells"].values()
+    kinds = [cell["type"] for cell in cells]
+    luts = kinds.count("LUT4") + 2 * kinds.count("CCU2C")
+    return Resources(luts, kinds.count("TRELLIS_FF"), kinds.count("MULT18X18D"), kinds.count("DP16KD"))
+
+
+def route(folder: Path, device: str, speed: int, seed: int, megahertz: float, options: Sequence[str] = ()) -> Routed:
+    """Place and route what `synthesise` wrote; leaves the routed configuration `circuit-SEED.config`.
+
+    Args:
+        speed: grade of the device, 6 to 8.
+        megahertz: that the router aims at.
+
+    Raises:
+        TargetError: nextpnr is missing, or the circuit cannot be placed or routed.
+    """
+    if device not in SIZES:
+        raise TargetError(f"No ECP5 '{device}'; there are {', '.join(SIZES)}.")
+    report = folder / f"route-{seed}.json"
+    command = [
+        tools.nextpnr(), f"--{SIZES[device]}", "--package", PACKAGE, "--speed", str(speed), "--json", "circuit.json",
+        "--textcfg", f"circuit-{seed}.config", "--report", report.name, "--seed", str(seed), "--freq", str(megahertz),
+        "--timing-allow-fail", "--quiet", *options,
+    ]  # fmt: skip
+    tools.run(command, folder)
+    found = json.loads(report.read_text())
+    cells = found["utilization"]
+    return Routed(
+        seed, min(clock["achieved"] for clock in found["fmax"].values()),
+        {name: cell["used"] for name, cell in cells.items() if cell["used"]},
+        {name: cell["available"] for name, cell in cells.items() if cell["used"]},
+    )  # fmt: skip
