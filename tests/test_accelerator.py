@@ -182,8 +182,26 @@ def test_what_no_token_orders_is_named() -> None:
         check([replace(load, waits=Unit.STORE)], SMALL, 64)
     with pytest.raises(ProgramError, match="goes to row 256 of the input buffer, which has 256"):
         check([replace(load, row=253)], SMALL, 64)
+    with pytest.raises(ProgramError, match="a loop of no turns never ends"):
+        check([replace(load, ny=0)], SMALL, 64)
     with pytest.raises(ProgramError, match="goes to row 64 of the memory buffer, which has 64"):
         check([replace(load, address=61)], SMALL, 64)
+
+
+def test_a_bank_is_one_units_at_a_time() -> None:
+    multiply = Gemm(row=0, weights=0, bank=1, clear=1, nx=4)
+    post = Post(source=Source.ACCUMULATORS, bank=1, row=40, parameters=0, row_out=0, nx=4)
+    with pytest.raises(ProgramError, match=r"no token orders it after an instruction of GEMM"):
+        check([multiply, post], SMALL, 64)
+    check([multiply, replace(post, bank=0)], SMALL, 64)
+    assert synchronised([multiply, post], SMALL, 64)[1].waits == Unit.GEMM
+
+
+def test_sums_that_are_not_written_yet_are_not_read() -> None:
+    multiply = Gemm(row=0, weights=0, bank=0, clear=1, nx=8)
+    check([multiply, replace(multiply, clear=0), replace(multiply, clear=0, row_out=8)], SMALL, 64)
+    with pytest.raises(ProgramError, match="but not from the same row on"):
+        check([multiply, replace(multiply, clear=0, row_out=7)], SMALL, 64)
 
 
 def test_a_program_is_ordered_by_few_tokens_even_where_many_loads_come_first() -> None:

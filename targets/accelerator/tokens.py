@@ -1,7 +1,8 @@
 """Tokens: put where instructions need them, or proved to be where they must.
 
 A program answers the same whatever its units' timing when tokens order every two instructions of different units that
-touch the same row, one of them writing it. Vector clocks tell (Mattern, "Virtual Time and Global States of Distributed
+touch the same row, one of them writing it; of accumulators the same bank, whose one way to be read two units share.
+Vector clocks tell (Mattern, "Virtual Time and Global States of Distributed
 Systems", 1989): each unit knows up to which instruction of each other unit all are done, and a token hands on what its
 giver knew when it was done.
 
@@ -19,8 +20,8 @@ from numpy.typing import NDArray
 
 from targets.accelerator.design import Design
 from targets.accelerator.errors import ProgramError
-from targets.accelerator.isa import Instruction, Unit
-from targets.accelerator.regions import Buffer, Rows, reads, sizes, writes
+from targets.accelerator.isa import Gemm, Instruction, Post, Unit
+from targets.accelerator.regions import BANKS, Buffer, Rows, reads, sizes, writes
 
 UNITS = (Unit.LOAD, Unit.GEMM, Unit.POST, Unit.STORE)
 LARGEST_COUNT = 63
@@ -76,12 +77,15 @@ def check(program: Sequence[Instruction], design: Design, words: int) -> None:
         ProgramError: naming the instruction, by its position, and the rows.
     """
     state = _State(design, words)
+    before: list[Gemm | None] = [None, None]
     queues: dict[tuple[int, int], deque[Clock]] = {pair: deque() for pair in _PAIRS}
     for position, one in enumerate(program):
         with _At(position, one):
             unit = UNITS.index(one.UNIT)
             if one.UNIT in one.waits or one.UNIT in one.signals:
                 raise ProgramError("a unit can neither wait for itself nor signal itself")
+            if min(one.ny, one.nx, *((one.window_y, one.window_x) if isinstance(one, Post) else ())) < 1:
+                raise ProgramError("a loop of no turns never ends")
             for giver, name in enumerate(UNITS):
                 if name not in one.waits:
                     continue
@@ -92,6 +96,9 @@ def check(program: Sequence[Instruction], design: Design, words: int) -> None:
             if (missing := needed > state.known[unit]).any():
                 other = UNITS[int(missing.argmax())].name
                 raise ProgramError(f"no token orders it after an instruction of {other} that touches the same rows")
+            if isinstance(one, Gemm):
+                _check_sums(before[one.bank], one)
+                before[one.bank] = one
             state.done(unit, one)
             for taker, name in enumerate(UNITS):
                 if name in one.signals:
@@ -102,6 +109,15 @@ def check(program: Sequence[Instruction], design: Design, words: int) -> None:
         if queue:
             given, taken = UNITS[giver].name, UNITS[taker].name
             raise ProgramError(f"{taken} never takes {len(queue)} of the tokens that {given} gives it.")
+
+
+def _check_sums(before: Gemm | None, one: Gemm) -> None:
+    """Refuse sums that are read before those of the GEMM before it, elsewhere among its own, are written."""
+    if before is None or one.clear or before.row_out == one.row_out:
+        return
+    first, second = (range(gemm.row_out, gemm.row_out + gemm.ny * gemm.nx) for gemm in (before, one))
+    if first.start < second.stop and second.start < first.stop:
+        raise ProgramError("its sums are some of those of the GEMM before it, but not from the same row on")
 
 
 class _State:
@@ -130,16 +146,21 @@ class _State:
         """Mark what it touches as touched by this unit's next instruction."""
         self.known[unit, unit] += 1
         for buffer, rows in reads(one, self.design):
-            self._read[buffer][unit, rows.reshape(-1)] = self.known[unit, unit]
+            self._read[buffer][unit, _shared(buffer, rows)] = self.known[unit, unit]
         buffer, rows = writes(one, self.design)
-        self._written[buffer][unit, rows.reshape(-1)] = self.known[unit, unit]
+        self._written[buffer][unit, _shared(buffer, rows)] = self.known[unit, unit]
 
     def _last(self, earlier: dict[Buffer, Clock], buffer: Buffer, rows: Rows) -> Clock:
         rows = rows.reshape(-1)
         if rows.size and not 0 <= rows.min() <= rows.max() < self.sizes[buffer]:
             size = self.sizes[buffer]
             raise ProgramError(f"it goes to row {rows.max()} of the {buffer.value} buffer, which has {size}")
-        return np.asarray(earlier[buffer][:, rows].max(1, initial=0), np.int32)
+        return np.asarray(earlier[buffer][:, _shared(buffer, rows)].max(1, initial=0), np.int32)
+
+
+def _shared(buffer: Buffer, rows: Rows) -> Rows:
+    """What other units must not touch at the same time as these rows: a whole bank counts as one."""
+    return np.zeros(1, np.int64) if buffer in BANKS else rows.reshape(-1)
 
 
 class _At:
