@@ -69,7 +69,7 @@ def compiler(*names: str) -> str:
     for name in names:
         if found := shutil.which(name):
             return found
-    raise TargetError(f"No compiler: {' nor '.join(names)} in PATH. apt-get install {names[0]}")
+    raise TargetError(f"No compiler: neither {' nor '.join(names)} in PATH. apt-get install {names[0]}")
 
 
 def cache() -> Path:
