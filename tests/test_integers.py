@@ -1,5 +1,6 @@
 """Quantized networks on the accelerator: read from Relax, bit-exact on every level, within a step of ONNX Runtime."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import tvm
 from onnx import TensorProto, helper
 from plain import Plain, setup, task
 from torch import Tensor, nn
@@ -15,12 +17,14 @@ from tvm import relax
 from compressor.export import to_program
 from compressor.pathway import extract
 from compressor.stages.quantize import Quantize
+from compressor.workload import Task
 from targets.accelerator import simulator
 from targets.accelerator.arithmetic import Int8
 from targets.accelerator.circuit import simulate
 from targets.accelerator.design import Design
 from targets.accelerator.layers import Contraction
 from targets.accelerator.network import Network, compile_network
+from targets.accelerator.partition import Partition, partition
 from targets.accelerator.reading import read
 from targets.base import Program
 from targets.errors import TargetError
@@ -64,7 +68,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
 
 @pytest.fixture(scope="module")
 def network(program: Program) -> Network:
-    return read(lower(program, integers=True)["main"])
+    (found,) = read(lower(program, integers=True)["main"]).networks
+    return found
 
 
 def by_onnx_runtime(program: Program, x: np.ndarray) -> dict[str, Int8]:
@@ -142,3 +147,57 @@ def test_a_network_that_is_not_quantized_is_refused() -> None:
     program = to_program(extract(model, ["t"]), model.inputs)[1]
     with pytest.raises(TargetError, match="it needs int8, so quantize it"):
         read(lower(program, integers=True)["main"])
+
+
+class Between(nn.Module):
+    """What the accelerator does not compute lies between what it does, and beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+        self.third = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+        self.one, self.two = nn.Conv2d(8, 2, 1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.first(x)
+        small = nn.functional.max_pool2d(x, 2)
+        y = self.third(torch.sigmoid(self.second(small)))
+        wide = nn.functional.interpolate(y, scale_factor=2.0) + x
+        return {"one": self.one(wide), "two": self.two(small.mean((2, 3)))}
+
+
+def split(module: type[nn.Module], folder: Path, *names: str) -> tuple[Program, Partition]:
+    tasks = [Task(name, output=name, metric="mae", higher_is_better=False) for name in names]
+    model, bench = setup(module, (INPUT,), folder, *tasks)
+    found = Quantize(kind="quantize", batches=2, most_kept=0.0).run(model, bench)
+    program = to_program(extract(found, list(names)), found.inputs)[1]
+    return program, partition(lower(program, integers=True), f"test.{module.__name__}.")
+
+
+@pytest.mark.compile
+def test_host_and_accelerator_answer_together_as_onnx_runtime(tmp_path: Path) -> None:
+    program, parts = split(Between, tmp_path, "one", "two")
+    assert len(parts.networks) == 2, "what follows the sigmoid has to wait for it"
+
+    def run(network: Network, *tensors: tvm.runtime.Tensor) -> None:
+        given = {name: one.numpy()[0] for name, one in zip(network.inputs, tensors, strict=False)}
+        built = compile_network(network, SMALL)
+        memory = built.image.copy()
+        for name, value in given.items():
+            built.write(name, value, memory)
+        simulator.execute(built.program, memory, SMALL)
+        wanted = network(given)
+        for name, answer in zip(network.outputs, tensors[len(given) :], strict=True):
+            assert np.array_equal(built.read(name, memory), wanted[name])
+            answer.copyfrom(wanted[name][None])
+
+    for k, network in enumerate(parts.networks):
+        tvm.register_global_func(parts.name(k), partial(run, network), override=True)
+    machine = relax.VirtualMachine(tvm.compile(parts.host, tvm.target.Target({"kind": "llvm"})), tvm.cpu())
+    session = onnxruntime.InferenceSession(program.model.SerializeToString())
+    for seed in range(3):
+        x = torch.randn(INPUT.shape, generator=torch.Generator().manual_seed(seed)).numpy()
+        found = machine["main"](tvm.runtime.tensor(x))
+        for answer, wanted in zip(found, session.run(None, {session.get_inputs()[0].name: x}), strict=True):
+            assert np.abs(answer.numpy() - wanted).max() < 0.03 * np.abs(wanted).max()

@@ -45,6 +45,10 @@ class Node:
     result: str
     other: str | None = None
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (self.source,) if self.other is None else (self.source, self.other)
+
 
 @dataclass(frozen=True, slots=True)
 class Network:

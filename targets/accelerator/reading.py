@@ -1,4 +1,4 @@
-"""A quantized Relax function as integer layers: as much of it, from its inputs on, as the accelerator computes.
+"""A quantized Relax function as integer layers: as much of it as the accelerator computes.
 
 What lies between a dequantize and the quantize behind it is one layer: a contraction with its bias and activation, a
 pooling, or a sum of two values, which a contraction that nothing else reads takes in. Moving values from one grid to
@@ -76,8 +76,21 @@ class _Sum:
     high: int
 
 
-def read(function: relax.Function) -> Network:
-    """The layers that lead from the function's quantized inputs as far as they can be computed.
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the accelerator computes of a function, in runs of it between which the host computes.
+
+    Attributes:
+        networks: the runs, in their order. An input is quantized by the host, or made by an earlier run.
+        known: what of the function's variables is a value, by variable: an int8 `Value`, or as a real number `Real`.
+    """
+
+    networks: tuple[Network, ...]
+    known: Mapping[Any, object]
+
+
+def read(function: relax.Function) -> Reading:
+    """All layers that can be computed, each as early as what it reads is there.
 
     Raises:
         TargetError: there is none.
@@ -86,24 +99,40 @@ def read(function: relax.Function) -> Network:
     for block in function.body.blocks:
         for binding in block.bindings:
             reader.visit(binding.var, binding.value)
-    return reader.network()
+    return Reading(reader.networks(), reader.known)
 
 
 class _Reader:
+    """Reads binding after binding.
+
+    Attributes:
+        runs: of each value, the run that makes it, or the first that can be given it.
+        levels: of each variable that the host computes, the first run that can be given something made of it.
+    """
+
     def __init__(self) -> None:
         self.known: dict[Any, Constant | Value | Real | Pending] = {}
         self.values: dict[str, Value] = {}
         self.nodes: list[Node | _Sum] = []
-        self.inputs: list[str] = []
         self.outputs: dict[str, None] = {}
+        self.runs: dict[str, int] = {}
+        self.levels: dict[Any, int] = {}
 
-    def network(self) -> Network:
+    def networks(self) -> tuple[Network, ...]:
         made = {node.result for node in self.nodes}
         outputs = [name for name in self.outputs if name in made]
+        nodes = _pooled(_summed(self.nodes, self.values, outputs), self.values, outputs)
         if not outputs:
             raise TargetError("The accelerator computes none of the network's layers: it needs int8, so quantize it.")
-        nodes = _pooled(_summed(self.nodes, self.values, outputs), self.values, outputs)
-        return Network(self.values, nodes, self.inputs, outputs)
+        found = []
+        for run in sorted({self.runs[node.result] for node in nodes}):
+            mine = [node for node in nodes if self.runs[node.result] == run]
+            made = {node.result for node in mine}
+            wanted = {*outputs, *(name for node in nodes if self.runs[node.result] != run for name in node.reads)}
+            inputs = dict.fromkeys(name for node in mine for name in node.reads if name not in made)
+            names = [node.result for node in mine if node.result in wanted]
+            found.append(Network(self.values, mine, tuple(inputs), names))
+        return tuple(found)
 
     def visit(self, var: Any, value: Any) -> None:
         """Take a binding in, or let the host compute it."""
@@ -117,12 +146,20 @@ class _Reader:
         if made is not None:
             self.known[var] = made
             return
+        level = 0
         for operand in _operands(value):
-            seen = self.known.get(operand)
+            seen, names = self.known.get(operand), list[str]()
             if isinstance(seen, Real | Value):
-                self.outputs[seen.name] = None
+                names = [seen.name]
             elif isinstance(seen, Pending):  # which the host has to compute, from what it is made of
-                self.outputs |= {name: None for name in (seen.source, seen.other) if name is not None}
+                names = [name for name in (seen.source, seen.other) if name is not None]
+            self.outputs |= dict.fromkeys(names)
+            there = (self.runs[name] + any(node.result == name for node in self.nodes) for name in names)
+            level = max(level, self._level(operand), *there)
+        self.levels[var] = level
+
+    def _level(self, operand: Any) -> int:
+        return self.levels.get(operand, 0) if isinstance(operand, relax.Var) else 0
 
     def _operand(self, arg: Any) -> Any:
         if isinstance(arg, ir.GenericConst):
@@ -150,7 +187,7 @@ class _Reader:
             self._finish(x, value := self._value(var, shape, grid))
             return value
         if isinstance(x, relax.Var):
-            self.inputs.append(var.name)
+            self.runs[var.name] = self._level(x)
             return self._value(var, shape, grid)
         return None
 
@@ -245,6 +282,7 @@ class _Reader:
     def _finish(self, made: Pending, result: Value) -> None:
         """The layer, now that its answer has a grid."""
         grid, source = result.grid, self.values[made.source]
+        self.runs[result.name] = max(self.runs[name] for name in (made.source, made.other) if name is not None)
         low, high = (int(np.clip(np.rint(x / grid.scale) + grid.zero, -128, 127)) for x in (made.low, made.high))
         if made.kind == "addition":
             assert made.other is not None

@@ -43,7 +43,8 @@ def integers(model: MultiTaskModel, bench: Bench) -> Network:
     """The model in int8 as integer layers."""
     found = Quantize(kind="quantize", most_kept=0.0, slack=1e9).run(model, bench)
     program = to_program(extract(found, [task.name for task in found.tasks]), found.inputs)[1]
-    return read(lower(program, integers=True)["main"])
+    (found,) = read(lower(program, integers=True)["main"]).networks
+    return found
 
 
 def frames(bench: Bench, network: Network, count: int | None) -> list[np.ndarray]:
