@@ -214,8 +214,8 @@ static int64_t loaded(Clock *k, const Instruction *one, int64_t begun) {
     at = largest(at + left, first) + words + right;
   }
   k->written = at + FIELD(one, LOAD_BOTTOM) * frame;
-  k->idle[LOAD] = k->written + 1;
-  return k->written;
+  k->idle[LOAD] = k->written + 2;
+  return k->written + 1;
 }
 
 static int64_t multiplied(Clock *k, const Instruction *one, int64_t begun) {

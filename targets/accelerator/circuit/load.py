@@ -4,7 +4,7 @@ from amaranth.hdl import Array, Module, Mux, Signal
 from amaranth.lib import data, fifo, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from targets.accelerator.circuit.parts import Countdown, Front, ReadPort, fields
+from targets.accelerator.circuit.parts import Countdown, Front, ReadPort, delayed, fields
 from targets.accelerator.design import Design
 from targets.accelerator.isa import BITS, Load, Memory
 
@@ -34,7 +34,8 @@ class LoadUnit(wiring.Component):
         m.d.comb += [front.available.eq(self.available), self.take.eq(front.take)]
         asking = self._ask(m, front, ahead)
         active = self._write(m, ahead)
-        m.d.comb += self.busy.eq(asking | active | ahead.r_rdy | self.filling | front.go)
+        filled = delayed(m, self.filling, 1, "filled")[1]
+        m.d.comb += self.busy.eq(asking | active | ahead.r_rdy | self.filling | filled | front.go)
         return m
 
     def _ask(self, m: Module, front: Front, ahead: fifo.SyncFIFOBuffered) -> Signal:
@@ -89,9 +90,10 @@ class LoadUnit(wiring.Component):
                 down.step()
         with m.If(finished):
             m.d.sync += active.eq(0)
-        fill = self.fill
+        fill, signals = self.fill, Signal(4)
         m.d.sync += [
-            self.filling.eq(wrote), self.give.eq(now.signals & finished.replicate(4)), fill.memory.eq(now.memory),
+            self.filling.eq(wrote), signals.eq(now.signals & finished.replicate(4)), self.give.eq(signals),
+            fill.memory.eq(now.memory),
             fill.row.eq(row), fill.lane.eq(now.lane), fill.part.eq(part), fill.whole.eq(framing),
             fill.word.eq(Mux(framing, now.pad.as_unsigned().replicate(8), self.port.words.payload)),
         ]  # fmt: skip

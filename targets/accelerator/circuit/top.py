@@ -80,12 +80,16 @@ class Accelerator(wiring.Component):
         for which, name, words, depth, address, data in buffers:
             write, read = buffer(m, name, words * 64, depth, 64)
             mine = load.filling & (fill.memory == which)
-            m.d.comb += [write.addr.eq(fill.row), write.data.eq(fill.word.replicate(words))]
+            row, word, enable = Signal(14), Signal(64), Signal(words)  # registers of its own, near to each buffer
+            m.d.sync += [row.eq(fill.row), word.eq(fill.word)]
             for k in range(words):
                 lane, part = divmod(k, d.block_words)
                 here = (fill.lane == lane) & (fill.whole | (fill.part == part))
-                m.d.comb += write.en[k].eq(mine & (here if which is Memory.INPUTS else fill.whole | (fill.part == k)))
-            m.d.comb += [read.addr.eq(address), data.eq(read.data)]
+                m.d.sync += enable[k].eq(mine & (here if which is Memory.INPUTS else fill.whole | (fill.part == k)))
+            m.d.comb += [
+                write.addr.eq(row), write.data.eq(word.replicate(words)), write.en.eq(enable),
+                read.addr.eq(address), data.eq(read.data),
+            ]  # fmt: skip
 
     def _sum(self, m: Module, gemm: GemmUnit, post: PostUnit) -> None:
         """The banks of accumulators: while POST reads one, GEMM works on the other."""
