@@ -5,7 +5,6 @@ pooling, or a sum of two values, which a contraction that nothing else reads tak
 another is a pooling of windows of one value.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tvm import ir, relax
 
-from targets.accelerator.arithmetic import FRACTION_BITS, Addition, Scaling, Step
+from targets.accelerator.arithmetic import FRACTION_BITS, Scaling, Step
 from targets.accelerator.layers import POINT, Contraction, Layer, Pooling, Window
+from targets.accelerator.merging import Sum, pooled, summed
 from targets.accelerator.network import Grid, Network, Node, Value
-from targets.accelerator.tiling import LARGEST_WINDOW
 from targets.errors import TargetError
 
 Floats = NDArray[np.float64]
@@ -66,17 +65,6 @@ class Pending:
 
 
 @dataclass(frozen=True, slots=True)
-class _Sum:
-    """Two values added; clamped as a step's addition is."""
-
-    source: str
-    other: str
-    result: str
-    low: int
-    high: int
-
-
-@dataclass(frozen=True, slots=True)
 class Reading:
     """What the accelerator computes of a function, in runs of it between which the host computes.
 
@@ -113,7 +101,7 @@ class _Reader:
     def __init__(self) -> None:
         self.known: dict[Any, Constant | Value | Real | Pending] = {}
         self.values: dict[str, Value] = {}
-        self.nodes: list[Node | _Sum] = []
+        self.nodes: list[Node | Sum] = []
         self.outputs: dict[str, None] = {}
         self.runs: dict[str, int] = {}
         self.levels: dict[Any, int] = {}
@@ -121,7 +109,7 @@ class _Reader:
     def networks(self) -> tuple[Network, ...]:
         made = {node.result for node in self.nodes}
         outputs = [name for name in self.outputs if name in made]
-        nodes = _pooled(_summed(self.nodes, self.values, outputs), self.values, outputs)
+        nodes = pooled(summed(self.nodes, self.values, outputs), self.values, outputs)
         if not outputs:
             raise TargetError("The accelerator computes none of the network's layers: it needs int8, so quantize it.")
         found = []
@@ -286,7 +274,7 @@ class _Reader:
         low, high = (int(np.clip(np.rint(x / grid.scale) + grid.zero, -128, 127)) for x in (made.low, made.high))
         if made.kind == "addition":
             assert made.other is not None
-            self.nodes.append(_Sum(made.source, made.other, result.name, low, high))
+            self.nodes.append(Sum(made.source, made.other, result.name, low, high))
             return
         layer: Layer
         if made.kind == "contraction":
@@ -299,60 +287,6 @@ class _Reader:
             step = Step(Scaling.of(factor * ones, bias * ones), grid.zero, low, high)
             layer = Pooling(made.kind, made.window, -128 if made.kind == "largest" else source.grid.zero, step)
         self.nodes.append(Node(layer, made.source, result.name))
-
-
-def _summed(nodes: Sequence[Node | _Sum], values: Mapping[str, Value], outputs: Sequence[str]) -> list[Node]:
-    """Sums as steps of contractions: of the later one that nothing else reads, or else of one that changes nothing."""
-    readers = Counter(name for node in nodes for name in (node.source, node.other))
-    alone = {
-        node.result: node for node in nodes
-        if isinstance(node, Node) and isinstance(node.layer, Contraction) and readers[node.result] == 1
-        and node.result not in outputs
-    }  # fmt: skip
-    order = {node.result: number for number, node in enumerate(nodes)}
-    found, taken = list[Node](), set[str]()
-    for node in nodes:
-        if isinstance(node, Node):
-            found.append(node)
-            continue
-        names = sorted((node.source, node.other), key=lambda name: (name in alone, order.get(name, -1)))
-        other, own = names if names[0] != names[1] else (names[0], names[0])
-        grids = [values[name].grid for name in (own, other, node.result)]
-        factors = grids[0].scale / grids[2].scale, grids[1].scale / grids[2].scale
-        addition = Addition.of(*factors, grids[1].zero, grids[2].zero, node.low, node.high)
-        maker = alone.get(own) or Node(_same(values[own]), own, own)
-        assert isinstance(maker.layer, Contraction)
-        layer = replace(maker.layer, step=replace(maker.layer.step, addition=addition))
-        found.append(Node(layer, maker.source, node.result, other))
-        taken |= {own} & set(alone)
-    return [node for node in found if node.result not in taken]
-
-
-def _pooled(nodes: Sequence[Node], values: Mapping[str, Value], outputs: Sequence[str]) -> list[Node]:
-    """Contractions that take in the pooling of their answers, where windows lie side by side and nothing else reads."""
-    readers = Counter(name for node in nodes for name in (node.source, node.other))
-    makers = {
-        node.result: node for node in nodes
-        if isinstance(node.layer, Contraction) and readers[node.result] == 1 and node.result not in outputs
-        and node.layer.step.addition is None and (node.layer.step.scaling.multiplier >= 0).all()
-    }  # fmt: skip
-    found, taken = list[Node](), set[str]()
-    for node in nodes:
-        maker, layer = makers.get(node.source), node.layer
-        if maker is None or not isinstance(layer, Pooling) or not _side_by_side(layer, node, values):
-            found.append(node)
-            continue
-        assert isinstance(maker.layer, Contraction)
-        found.append(Node(replace(maker.layer, pool=layer.window.size), maker.source, node.result))
-        taken.add(node.source)
-    return [node for node in found if node.result not in taken]
-
-
-def _side_by_side(layer: Pooling, node: Node, values: Mapping[str, Value]) -> bool:
-    """Is it the largest of windows that neither overlap nor leave the picture, on the same grid?"""
-    window, same = layer.window, values[node.source].grid == values[node.result].grid
-    whole = same and (layer.step.low, layer.step.high) == (-128, 127) and layer.kind == "largest"
-    return whole and window.size == window.step and not any(window.pad) and max(window.size) <= LARGEST_WINDOW
 
 
 def _contraction(made: Pending, source: Grid, grid: Grid, low: int, high: int) -> Contraction:
@@ -375,13 +309,6 @@ def _ungrouped(weights: NDArray[np.int8], groups: int) -> NDArray[np.int8]:
     for g in range(groups):
         whole[g * out : (g + 1) * out, g * each : (g + 1) * each] = weights[g * out : (g + 1) * out]
     return whole
-
-
-def _same(value: Value) -> Contraction:
-    """Answers what it is given."""
-    count, zero = value.shape[0], value.grid.zero
-    step = Step(Scaling.of(np.ones(count), np.full(count, -float(zero))), zero)
-    return Contraction(np.eye(count, dtype=np.int8)[:, :, None, None], POINT, zero, step)
 
 
 def _clipped(made: Pending) -> bool:
