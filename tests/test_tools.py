@@ -37,6 +37,24 @@ def test_a_tool_that_fails_shows_the_end_of_what_it_said(tmp_path: Path) -> None
         tools.run(["sh", "-c", "echo no such cell; exit 3"], tmp_path)
 
 
+def test_what_is_built_is_found_again_until_what_it_is_made_of_changes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TASKPRESS_CACHE", str(tmp_path))
+    asked = []
+
+    def build(folder: Path) -> Path:
+        asked.append(folder)
+        (folder / "made").write_text(str(len(asked)))
+        return folder / "made"
+
+    first = tools.built("thing.so", ("a", "b"), build)
+    assert tools.built("thing.so", ("a", "b"), build) == first
+    other = tools.built("thing.so", ("ab", ""), build)
+    assert first.read_text() == "1" and other.read_text() == "2" and first.suffix == ".so"
+    assert sorted(tmp_path.iterdir()) == sorted([first, other]), "nothing half-built is left"
+
+
 def test_what_is_compiled_is_kept_where_it_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TASKPRESS_CACHE", str(tmp_path))
     assert tools.cache() == tmp_path

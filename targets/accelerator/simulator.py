@@ -1,8 +1,6 @@
 """What a program answers and how many cycles it takes: the instructions one after the other, in C (`simulator.c`)."""
 
 import ctypes
-import hashlib
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -10,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+import tvm
 from numpy.typing import NDArray
 
 from targets.accelerator import tools
@@ -97,16 +96,14 @@ def _library() -> ctypes.CDLL:
     """Compiled once for each machine and version, in the user's folder for such files."""
     source = (files(__package__) / "simulator.c").read_text()
     compiler = tools.compiler("gcc", "clang")
-    key = hashlib.sha256("\0".join((source, header(), compiler, *_FLAGS)).encode()).hexdigest()[:24]
-    made = tools.cache() / f"simulator-{key}.so"
-    if not made.exists():
-        made.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
-            folder = Path(scratch)
-            (folder / "isa.h").write_text(header())
-            (folder / "simulator.c").write_text(source)
-            tools.run([compiler, *_FLAGS, "simulator.c", "-o", "done.so"], folder)
-            (folder / "done.so").replace(made)
-    library = ctypes.CDLL(str(made))
+
+    def build(folder: Path) -> Path:
+        (folder / "isa.h").write_text(header())
+        (folder / "simulator.c").write_text(source)
+        tools.run([compiler, *_FLAGS, "simulator.c", "-o", "done.so"], folder)
+        return folder / "done.so"
+
+    processor = str(tvm.target.codegen.llvm_get_system_cpu())
+    library = ctypes.CDLL(str(tools.built("simulator.so", (source, header(), compiler, processor, *_FLAGS), build)))
     library.run.restype = ctypes.c_int64
     return library

@@ -1,10 +1,12 @@
 """The tools that turn the circuit into Verilog, simulations and bitstreams: found here, or refused by name."""
 
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -77,6 +79,23 @@ def cache() -> Path:
     if given := os.environ.get("TASKPRESS_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "taskpress"
+
+
+def built(name: str, made_of: Iterable[str], build: Callable[[Path], Path]) -> Path:
+    """A file of the cache: built when it is asked for first, then found again.
+
+    Args:
+        name: of the file; a digest comes between its stem and its suffix.
+        made_of: all that it depends on.
+        build: makes it in an empty folder, and says where.
+    """
+    stem, suffix = Path(name).stem, Path(name).suffix
+    made = cache() / f"{stem}-{hashlib.sha256(chr(0).join(made_of).encode()).hexdigest()[:24]}{suffix}"
+    if not made.exists():
+        made.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
+            build(Path(scratch)).replace(made)
+    return made
 
 
 def run(command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> str:
