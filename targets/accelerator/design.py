@@ -10,16 +10,20 @@ WORD_BYTES = 8
 """The memory bus is 64 bits wide; addresses count such words."""
 
 
+MOST_PARTS = 16
+"""Turns that the lanes may take for all columns, and words that may be a row of parameters."""
+
+
 class Design(Settings):
-    """An array of multipliers with the memories around it.
+    """An array of multipliers with the memories around it; `rows`, `columns` and `lanes` are powers of two.
 
     The array multiplies `rows` input channels by `rows x columns` weights in each cycle. Activations lie in memory in
     blocks of `columns` channels, so a row of the input buffer holds `rows / columns` blocks.
 
     Attributes:
         rows: input channels of one tile of weights.
-        columns: output channels of one tile; a multiple of 8 that divides `rows`.
-        lanes: channels that are requantized in each cycle; they divide `columns`.
+        columns: output channels of one tile, at most `rows`.
+        lanes: channels that are requantized in each cycle, at most `columns` and at least a sixteenth of them.
         input_rows: rows of the input buffer, of `rows` bytes each.
         weight_rows: rows of the weight buffer, of `columns` bytes each; a tile takes `rows` of them.
         accumulator_rows: rows of each of the two banks of accumulators, of `columns` int32 each.
@@ -30,8 +34,8 @@ class Design(Settings):
     """
 
     rows: int = Field(ge=8, le=64, default=16)
-    columns: int = Field(ge=8, le=64, multiple_of=8, default=8)
-    lanes: int = Field(ge=2, le=64, default=4)
+    columns: int = Field(ge=8, le=64, default=8)
+    lanes: int = Field(ge=2, le=16, default=4)
     input_rows: int = Field(ge=64, le=2**14, default=2048)
     weight_rows: int = Field(ge=64, le=2**14, default=4096)
     accumulator_rows: int = Field(ge=32, le=2**10, default=1024)
@@ -42,10 +46,13 @@ class Design(Settings):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        if self.rows % self.columns:
-            raise ValueError(f"'rows' is {self.rows}, which is no multiple of the {self.columns} 'columns'")
-        if self.columns % self.lanes:
-            raise ValueError(f"'columns' is {self.columns}, which is no multiple of the {self.lanes} 'lanes'")
+        for name in ("rows", "columns", "lanes"):
+            if (size := getattr(self, name)).bit_count() != 1:
+                raise ValueError(f"'{name}' is {size}, which is no power of two")
+        if self.columns > self.rows:
+            raise ValueError(f"'columns' is {self.columns}, more than the {self.rows} 'rows'")
+        if not self.columns // MOST_PARTS <= self.lanes <= self.columns:
+            raise ValueError(f"'lanes' is {self.lanes}, not between 'columns' / {MOST_PARTS} and 'columns'")
         if self.weight_rows < 2 * self.rows:
             raise ValueError(f"'weight_rows' must hold two tiles, which are {2 * self.rows} rows")
         return self
