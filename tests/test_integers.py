@@ -9,12 +9,13 @@ import onnxruntime
 import pytest
 import torch
 import tvm
+from accelerated import SMALL
 from onnx import TensorProto, helper
 from plain import Plain, setup, task
 from torch import Tensor, nn
 from tvm import relax
 
-from compressor.export import to_program
+from compressor.export import run, session, to_program
 from compressor.pathway import extract
 from compressor.stages.quantize import Quantize
 from compressor.workload import Task
@@ -29,9 +30,6 @@ from targets.accelerator.reading import read
 from targets.base import Program
 from targets.errors import TargetError
 from targets.lower import lower
-
-SMALL = Design(rows=8, columns=8, lanes=2, input_rows=256, weight_rows=256, accumulator_rows=64, side_rows=128,
-               output_rows=64, parameter_rows=32)  # fmt: skip
 
 
 class Mixed(nn.Module):
@@ -175,12 +173,29 @@ def split(module: type[nn.Module], folder: Path, *names: str) -> tuple[Program, 
     return program, partition(lower(program, integers=True), f"test.{module.__name__}.")
 
 
-@pytest.mark.compile
-def test_host_and_accelerator_answer_together_as_onnx_runtime(tmp_path: Path) -> None:
-    program, parts = split(Between, tmp_path, "one", "two")
-    assert len(parts.networks) == 2, "what follows the sigmoid has to wait for it"
+class Joined(nn.Module):
+    """The host splits and joins what runs of the accelerator make: tuples lie between them."""
 
-    def run(network: Network, *tensors: tvm.runtime.Tensor) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(4, 4, 3)
+        self.third, self.last = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        left, right = self.first(x).relu().split(4, 1)
+        both = torch.cat([self.second(left).relu(), torch.sigmoid(self.second(right))], 1)
+        return {"one": self.last(self.third(both).relu()), "two": both.amax((2, 3))}
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("module", "runs"), [(Between, 2), (Joined, 3)])
+def test_host_and_accelerator_answer_together_as_onnx_runtime(
+    module: type[nn.Module], runs: int, tmp_path: Path
+) -> None:
+    program, parts = split(module, tmp_path, "one", "two")
+    assert len(parts.networks) == runs, "what follows the host's work has to wait for it"
+
+    def accelerate(network: Network, *tensors: tvm.runtime.Tensor) -> None:
         given = {name: one.numpy()[0] for name, one in zip(network.inputs, tensors, strict=False)}
         built = compile_network(network, SMALL)
         memory = built.image.copy()
@@ -193,11 +208,11 @@ def test_host_and_accelerator_answer_together_as_onnx_runtime(tmp_path: Path) ->
             answer.copyfrom(wanted[name][None])
 
     for k, network in enumerate(parts.networks):
-        tvm.register_global_func(parts.name(k), partial(run, network), override=True)
+        tvm.register_global_func(parts.name(k), partial(accelerate, network), override=True)
     machine = relax.VirtualMachine(tvm.compile(parts.host, tvm.target.Target({"kind": "llvm"})), tvm.cpu())
-    session = onnxruntime.InferenceSession(program.model.SerializeToString())
+    peer = session(program.model, optimised=False)
     for seed in range(3):
         x = torch.randn(INPUT.shape, generator=torch.Generator().manual_seed(seed)).numpy()
         found = machine["main"](tvm.runtime.tensor(x))
-        for answer, wanted in zip(found, session.run(None, {session.get_inputs()[0].name: x}), strict=True):
+        for answer, wanted in zip(found, run(peer, (x,)).values(), strict=True):
             assert np.abs(answer.numpy() - wanted).max() < 0.03 * np.abs(wanted).max()

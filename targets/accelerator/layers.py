@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from targets.accelerator.arithmetic import LARGEST_SUM, Int8, Step, lifted, requantized
 from targets.errors import TargetError
 
+LARGEST_WINDOW, LARGEST_PAD = 15, 15
+"""Lines and columns that POST takes the largest or the sum of, and that LOAD puts around a picture."""
+
 Pair = tuple[int, int]
 Frame = tuple[int, int, int, int]
 """Lines and columns around a picture: top, left, bottom, right."""

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from targets.accelerator.arithmetic import Addition, Scaling, Step
-from targets.accelerator.layers import POINT, Contraction, Pooling
+from targets.accelerator.layers import LARGEST_WINDOW, POINT, Contraction, Pooling
 from targets.accelerator.network import Node, Value
-from targets.accelerator.tiling import LARGEST_WINDOW
 
 
 @dataclass(frozen=True, slots=True)

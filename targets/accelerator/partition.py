@@ -1,6 +1,6 @@
 """A quantized program as what the host computes and what the accelerator computes, in Relax."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +8,9 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from targets.accelerator.moving import moved_as_integers
 from targets.accelerator.network import Network, Value
-from targets.accelerator.reading import Reading, Real, read
+from targets.accelerator.reading import Reading, Real, read, variables
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,70 +40,96 @@ def partition(module: tvm.IRModule, prefix: str) -> Partition:
     Raises:
         TargetError: the accelerator computes none of its layers.
     """
-    main = module["main"]
+    main = moved_as_integers(module)["main"]
     reading = read(main)
     return Partition(_Host(main, reading, prefix).module(), reading.networks, prefix)
 
 
 class _Host:
-    """Emits what the answers need, from them on backwards, with a call for each run in place of what it makes."""
+    """What the answers need of the function, with a call for each run in place of what it makes.
+
+    What the host computes is emitted in the function's order, but for what waits for a later run.
+    """
 
     def __init__(self, main: relax.Function, reading: Reading, prefix: str) -> None:
         self.main, self.networks, self.known, self.prefix = main, reading.networks, reading.known, prefix
         self.bound = {one.var: one.value for block in main.body.blocks for one in block.bindings}
-        self.variables = {var.name: var for var in self.bound}
         self.run_of = {name: run for run, network in enumerate(self.networks) for name in network.outputs}
         self.builder = relax.BlockBuilder()
         self.emitted: dict[Any, Any] = {}
         self.made: dict[str, Any] = {}
 
     def module(self) -> tvm.IRModule:
+        needed, levels = self._needed(), self._levels()
         with self.builder.function("main", list(self.main.params), attrs=dict(self.main.attrs or {})):
             with self.builder.dataflow():
-                answers = self.builder.emit_output(self._emit(self.main.body.body))
+                for run in range(len(self.networks) + 1):
+                    for var in self.bound:
+                        if var in needed and levels[var] == run:
+                            self.emitted[var] = self._emit(var)
+                    if run < len(self.networks):
+                        self._call(run)
+                answers = self.builder.emit_output(_renewed(self.main.body.body, self.emitted))
             self.builder.emit_func_output(answers)
         return self.builder.finalize()
 
-    def _emit(self, value: Any) -> Any:
-        """A variable, or an expression of variables, of the new function."""
-        if isinstance(value, relax.Tuple):
-            return relax.Tuple([self._emit(one) for one in value.fields])
-        if not isinstance(value, relax.Var) or value not in self.bound:
-            return value  # a constant, a shape, or a parameter
-        if value not in self.emitted:
-            self.emitted[value] = self._new(value)
-        return self.emitted[value]
+    def _made_by(self, var: Any) -> str | None:
+        """The name of what a run makes and this variable is: in int8, or as the real numbers of a pooling's answer."""
+        seen = self.known.get(var)
+        if isinstance(seen, Value) or (isinstance(seen, Real) and seen.name == var.name):
+            return seen.name if seen.name in self.run_of else None
+        return None
 
-    def _new(self, var: Any) -> Any:
-        seen, value = self.known.get(var), self.bound[var]
-        if isinstance(seen, Value) and seen.name in self.run_of:
-            return self._made(seen.name)
-        if isinstance(seen, Real) and seen.name == var.name:  # made in int8, as a pooling keeps its grid
-            grid = self._grid(seen.name)
-            return self.builder.emit(relax.op.dequantize(self._made(seen.name), *grid, axis=1, out_dtype="float32"))
-        if isinstance(value, relax.Call):
-            args = [self._emit(arg) for arg in value.args]
-            return self.builder.emit(relax.Call(value.op, args, value.attrs, value.ty_args))
-        return self.builder.emit(self._emit(value))
+    def _needed(self) -> set[Any]:
+        """Variables that the answers and the runs are made of; of what a run makes, no further."""
+        found = set[Any]()
+        inputs = {name for network in self.networks for name in network.inputs}
+        open_ones = variables(self.main.body.body) + [var for var in self.bound if var.name in inputs]
+        while open_ones:
+            var = open_ones.pop()
+            if var in self.bound and var not in found:
+                found.add(var)
+                open_ones += [] if self._made_by(var) else variables(self.bound[var])
+        return found
 
-    def _grid(self, name: str) -> tuple[Any, Any]:
+    def _levels(self) -> dict[Any, int]:
+        """How many runs are over before each variable can be computed."""
+        found = dict[Any, int]()
+        for var, value in self.bound.items():
+            name = self._made_by(var)
+            before = (found.get(operand, 0) for operand in variables(value))
+            found[var] = max(before, default=0) if name is None else self.run_of[name] + 1
+        return found
+
+    def _emit(self, var: Any) -> Any:
+        name = self._made_by(var)
+        if name is None:
+            return self.builder.emit(_renewed(self.bound[var], self.emitted))
+        if isinstance(self.known[var], Value):
+            return self.made[name]
         grid = self.networks[self.run_of[name]].values[name].grid
-        return relax.const(np.float32(grid.scale)), relax.const(np.int8(grid.zero))
-
-    def _made(self, name: str) -> Any:
-        """An int8 value that a run makes, or that the host quantizes."""
-        if name not in self.run_of:
-            return self._emit(self.variables[name])
-        if name not in self.made:
-            self._call(self.run_of[name])
-        return self.made[name]
+        steps = relax.const(np.float32(grid.scale)), relax.const(np.int8(grid.zero))
+        return self.builder.emit(relax.op.dequantize(self.made[name], *steps, axis=1, out_dtype="float32"))
 
     def _call(self, run: int) -> None:
-        network = self.networks[run]
-        given = relax.Tuple([self._made(name) for name in network.inputs])
+        network, by_name = self.networks[run], {var.name: new for var, new in self.emitted.items()}
+        given = relax.Tuple([self.made[name] if name in self.made else by_name[name] for name in network.inputs])
         types = [relax.TensorType((1, *network.values[name].shape), "int8") for name in network.outputs]
         found = self.builder.emit(relax.call_dps_packed(f"{self.prefix}{run}", given, out_ty=types))
         parts: Sequence[Any] = [found]
         if len(types) > 1:
             parts = [self.builder.emit(relax.TupleGetItem(found, k)) for k in range(len(types))]
         self.made |= dict(zip(network.outputs, parts, strict=True))
+
+
+def _renewed(value: Any, new: Mapping[Any, Any]) -> Any:
+    """An expression of the variables that took the place of its own."""
+    if isinstance(value, relax.Var):
+        return new.get(value, value)
+    if isinstance(value, relax.Tuple):
+        return relax.Tuple([_renewed(one, new) for one in value.fields])
+    if isinstance(value, relax.TupleGetItem):
+        return relax.TupleGetItem(_renewed(value.tuple_value, new), value.index)
+    if isinstance(value, relax.Call):
+        return relax.Call(value.op, [_renewed(one, new) for one in value.args], value.attrs, value.ty_args)
+    return value

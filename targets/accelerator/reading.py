@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tvm import ir, relax
 
 from targets.accelerator.arithmetic import FRACTION_BITS, Scaling, Step
-from targets.accelerator.layers import POINT, Contraction, Layer, Pooling, Window
+from targets.accelerator.layers import LARGEST_PAD, LARGEST_WINDOW, POINT, Contraction, Layer, Pooling, Window
 from targets.accelerator.merging import Sum, pooled, summed
 from targets.accelerator.network import Grid, Network, Node, Value
 from targets.errors import TargetError
@@ -109,9 +109,9 @@ class _Reader:
     def networks(self) -> tuple[Network, ...]:
         made = {node.result for node in self.nodes}
         outputs = [name for name in self.outputs if name in made]
-        nodes = pooled(summed(self.nodes, self.values, outputs), self.values, outputs)
         if not outputs:
             raise TargetError("The accelerator computes none of the network's layers: it needs int8, so quantize it.")
+        nodes = pooled(summed(self.nodes, self.values, outputs), self.values, outputs)
         found = []
         for run in sorted({self.runs[node.result] for node in nodes}):
             mine = [node for node in nodes if self.runs[node.result] == run]
@@ -134,20 +134,17 @@ class _Reader:
         if made is not None:
             self.known[var] = made
             return
-        level = 0
-        for operand in _operands(value):
+        level, made_here = 0, {node.result for node in self.nodes}
+        for operand in variables(value):
             seen, names = self.known.get(operand), list[str]()
             if isinstance(seen, Real | Value):
                 names = [seen.name]
             elif isinstance(seen, Pending):  # which the host has to compute, from what it is made of
                 names = [name for name in (seen.source, seen.other) if name is not None]
             self.outputs |= dict.fromkeys(names)
-            there = (self.runs[name] + any(node.result == name for node in self.nodes) for name in names)
-            level = max(level, self._level(operand), *there)
+            there = (self.runs[name] + (name in made_here) for name in names)
+            level = max(level, self.levels.get(operand, 0), *there)
         self.levels[var] = level
-
-    def _level(self, operand: Any) -> int:
-        return self.levels.get(operand, 0) if isinstance(operand, relax.Var) else 0
 
     def _operand(self, arg: Any) -> Any:
         if isinstance(arg, ir.GenericConst):
@@ -163,11 +160,8 @@ class _Reader:
 
     def quantize(self, var: Any, args: list[Any], call: Any) -> Value | None:
         x, scale, zero = args[:3]
-        if not isinstance(scale, Constant) or scale.integers.size > 1 or str(var.ty.dtype) != "int8":
-            return None
-        grid = Grid(float(scale.integers), int(zero.integers))
-        shape = _picture(var)
-        if shape is None:
+        grid, shape = _grid(scale, zero), _picture(var)
+        if grid is None or shape is None or not _is_int8(var):
             return None
         if isinstance(x, Real):
             x = Pending("largest", x.name)
@@ -175,16 +169,19 @@ class _Reader:
             self._finish(x, value := self._value(var, shape, grid))
             return value
         if isinstance(x, relax.Var):
-            self.runs[var.name] = self._level(x)
+            self.runs[var.name] = self.levels.get(x, 0)
             return self._value(var, shape, grid)
         return None
 
     def dequantize(self, var: Any, args: list[Any], call: Any) -> Real | Constant | None:
         x, scale, zero = args[:3]
         if isinstance(x, Value):
-            same = Grid(float(scale.integers), int(zero.integers)) == x.grid if scale.integers.size == 1 else False
-            return Real(x.name) if same else None
-        if isinstance(x, Constant):
+            return Real(x.name) if _grid(scale, zero) == x.grid else None
+        if isinstance(x, relax.Var) and (grid := _grid(scale, zero)) and (shape := _picture(x)) and _is_int8(x):
+            self.runs[x.name] = self.levels.get(x, 0)
+            self.known[x] = self._value(x, shape, grid)
+            return Real(x.name)
+        if isinstance(x, Constant) and isinstance(scale, Constant) and isinstance(zero, Constant):
             along = [-1 if d == int(call.attrs.axis) % max(1, x.integers.ndim) else 1 for d in range(x.integers.ndim)]
             parts = [p.integers.reshape(along) if p.integers.size > 1 else p.integers for p in (scale, zero)]
             return Constant(x.integers.astype(np.int64) - parts[1].astype(np.int64), parts[0].astype(np.float64))
@@ -204,21 +201,20 @@ class _Reader:
 
     def conv2d(self, var: Any, args: list[Any], call: Any) -> Pending | None:
         x, weights = args
-        if not isinstance(x, Real) or not isinstance(weights, Constant) or not _int8(weights):
+        if not isinstance(x, Real) or not isinstance(weights, Constant) or not _int8_by_output(weights):
             return None
-        how = call.attrs
-        window = Window(
-            weights.integers.shape[2:], _pair(how.strides), _pair(how.dilation), _frame(how.padding)
-        )  # fmt: skip
+        how, size = call.attrs, weights.integers.shape[2:]
+        window = Window((size[0], size[1]), _pair(how.strides), _pair(how.dilation), _frame(how.padding))
+        if max(window.pad) > LARGEST_PAD:
+            return None
         return Pending("contraction", x.name, weights=weights, window=window, groups=int(how.groups))
 
     def max_pool2d(self, var: Any, args: list[Any], call: Any) -> Real | None:
         x, how = args[0], call.attrs
         if not isinstance(x, Real) or bool(how.ceil_mode) or _pair(how.dilation) != (1, 1):
             return None
-        window = Window(_pair(how.pool_size), _pair(how.strides), (1, 1), _frame(how.padding))
-        shape = _picture(var)
-        if shape is None:
+        window, shape = Window(_pair(how.pool_size), _pair(how.strides), (1, 1), _frame(how.padding)), _picture(var)
+        if shape is None or not _pools(window):
             return None
         self._finish(Pending("largest", x.name, window=window), self._value(var, shape, self.values[x.name].grid))
         return Real(var.name)
@@ -229,6 +225,8 @@ class _Reader:
         if not isinstance(x, Real) or bool(how.ceil_mode) or (any(frame) and not bool(how.count_include_pad)):
             return None
         window = Window(_pair(how.pool_size), _pair(how.strides), (1, 1), frame)
+        if not _pools(window):
+            return None
         return Pending("sum", x.name, window=window, share=1 / (window.size[0] * window.size[1]))
 
     def mean(self, var: Any, args: list[Any], call: Any) -> Pending | None:
@@ -237,6 +235,8 @@ class _Reader:
         if not isinstance(x, Real) or axes is None or sorted(int(a) % 4 for a in axes) != [2, 3]:
             return None
         size = self.values[x.name].shape[1:]
+        if not _pools(Window(size)):
+            return None
         return Pending("sum", x.name, window=Window(size), share=1 / (size[0] * size[1]))
 
     def add(self, var: Any, args: list[Any], call: Any) -> Pending | None:
@@ -245,7 +245,8 @@ class _Reader:
             x, y = y, x
         if isinstance(x, Pending) and isinstance(y, Constant) and x.kind == "contraction" and not _clipped(x):
             channels = x.weights.integers.shape[0] if x.weights is not None else 0
-            if y.real.size not in (1, channels) or (y.real.ndim == 4 and y.real.size != y.real.shape[1]):
+            along_channels = y.real.ndim >= 3 and y.real.shape[-3] == y.real.size == channels
+            if y.real.size != 1 and not along_channels:
                 return None
             bias = np.zeros(channels) if x.bias is None else x.bias
             return replace(x, bias=bias + y.real.reshape(-1))
@@ -315,8 +316,22 @@ def _clipped(made: Pending) -> bool:
     return bool(np.isfinite(made.low) or np.isfinite(made.high))
 
 
-def _int8(weights: Constant) -> bool:
-    return weights.integers.ndim == 4 and np.abs(weights.integers).max(initial=0) <= 127
+def _int8_by_output(weights: Constant) -> bool:
+    """Are they a convolution's, symmetric, with one scale, or one for each output?"""
+    whole = weights.integers.ndim == 4 and np.abs(weights.integers).max(initial=0) <= 127
+    return whole and (weights.scale.size == 1 or weights.scale.shape == (len(weights.integers), 1, 1, 1))
+
+
+def _pools(window: Window) -> bool:
+    """Can POST go over such windows?"""
+    return max(*window.size, *window.step) <= LARGEST_WINDOW and max(window.pad) <= LARGEST_PAD
+
+
+def _grid(scale: Any, zero: Any) -> Grid | None:
+    """Of a whole tensor."""
+    if not isinstance(scale, Constant) or not isinstance(zero, Constant) or scale.integers.size != 1:
+        return None
+    return Grid(float(scale.integers.item()), int(zero.integers.item()))
 
 
 def _pair(values: Any) -> tuple[int, int]:
@@ -329,17 +344,24 @@ def _frame(values: Any) -> tuple[int, int, int, int]:
     return top, left, bottom, right
 
 
+def _is_int8(var: Any) -> bool:
+    return str(var.ty.dtype) == "int8"
+
+
 def _picture(var: Any) -> list[int] | None:
     """(channels, height, width) of one picture."""
     shape = [int(size) for size in var.ty.shape]
     return shape[1:] if len(shape) == 4 and shape[0] == 1 else None
 
 
-
-def _operands(value: Any) -> list[Any]:
-    if isinstance(value, relax.Call):
-        return list(value.args)
-    return list(value.fields) if isinstance(value, relax.Tuple) else [value]
+def variables(value: Any) -> list[Any]:
+    """Those that an expression reads, in tuples too."""
+    if isinstance(value, relax.Var):
+        return [value]
+    parts = list(value.args) if isinstance(value, relax.Call) else []
+    parts += list(value.fields) if isinstance(value, relax.Tuple) else []
+    parts += [value.tuple_value] if isinstance(value, relax.TupleGetItem) else []
+    return [found for part in parts for found in variables(part)]
 
 
 _RULES = {

@@ -11,15 +11,15 @@ from targets.accelerator.arithmetic import Int8, Step
 from targets.accelerator.design import WORD_BYTES, Design
 from targets.accelerator.errors import ProgramError
 from targets.accelerator.isa import Gemm, Instruction, Load, Memory, Post, Reduce, Source, Store
-from targets.accelerator.layers import POINT, Contraction, Layer, Pooling, Window
+from targets.accelerator.layers import LARGEST_WINDOW, POINT, Contraction, Layer, Pooling, Window
 from targets.accelerator.parameters import pack
 from targets.accelerator.tensors import Place
 
 Steps = list[tuple[int, int, int]]
 """(tile of input channels, ky, kx)."""
 
-LARGEST_WINDOW = 15
-"""Lines and columns that POST takes the largest or the sum of."""
+LONGEST_LINE = 1023
+"""Rows of a line that GEMM or POST steps over."""
 
 GEMM_SETUP, POST_SETUP, STORE_SETUP = 5, 35, 28
 """Cycles that an instruction takes at least beyond what it moves."""
@@ -260,7 +260,7 @@ class _Contracting:
             height, width = self.window.reach(pooled)
             rows = pooled[0] * pooled[1]
             steps = self.tiles.shape[2] * self.tiles.shape[3] * part
-            fits = ny * nx <= most and rows <= d.accumulator_rows and pooled[1] <= 1023
+            fits = ny * nx <= most and rows <= d.accumulator_rows and pooled[1] <= LONGEST_LINE
             fits = fits and height * width * part <= d.input_rows // 2
             if not fits or steps * d.rows > min(d.weight_rows // 2, 4095):
                 continue
@@ -309,11 +309,11 @@ class _Parameters:
 
 def _pooled(c: Compiler, layer: Pooling, source: Place, target: Place) -> Iterator[Group]:
     d = c.design
-    cuts = [
-        (-ny * nx, (ny, nx))
-        for ny, nx in product(_divisions(target.height), _divisions(target.width))
-        if ny * nx <= d.output_rows // 2 and np.prod(layer.window.reach((ny, nx))) <= d.side_rows // 2
-    ]
+    cuts = []
+    for ny, nx in product(_divisions(target.height), _divisions(target.width)):
+        height, width = layer.window.reach((ny, nx))
+        if ny * nx <= d.output_rows // 2 and height * width <= d.side_rows // 2 and width <= LONGEST_LINE:
+            cuts.append((-ny * nx, (ny, nx)))
     odd = layer.window.spread != (1, 1) or max(*layer.window.size, *layer.window.step) > LARGEST_WINDOW
     if not cuts or odd:
         raise ProgramError(f"A pooling window of {layer.window.size} does not fit the side buffer of this design.")
