@@ -20,7 +20,7 @@ RUNGS = ("pathway", "onnx", "onnxsim", "relax", "artifact")
 """Each is compared with eager PyTorch; the first that differs is named, with the first layer that differs in it."""
 
 GRIDS = "on grids"
-TOLERANCE: Mapping[str, float] = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2, GRIDS: 1e-1}
+TOLERANCE: Mapping[str, float] = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2, GRIDS: 3e-2}
 """Largest accepted difference by dtype, as a fraction of the largest magnitude eager answers; other dtypes: equal.
 
 Where a network is quantized, sums that differ in their last bit round to neighbouring steps in places, and so on from
