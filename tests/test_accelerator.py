@@ -5,11 +5,12 @@ from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
-from accelerated import DESIGNS, SMALL, compiled, contraction, layers, scaling
+from accelerated import DESIGNS, SMALL, compiled, contraction, layers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from targets.accelerator.arithmetic import Addition, Int8, Scaling, Step, requantized
+from targets.accelerator.arithmetic import Int8, Scaling, Step, requantized
 from targets.accelerator.design import Design
 from targets.accelerator.errors import ProgramError
 from targets.accelerator.isa import (
@@ -27,7 +28,6 @@ from targets.accelerator.isa import (
     layout,
 )
 from targets.accelerator.layers import Layer, Pooling, Window
-from targets.accelerator.parameters import pack, unpack
 from targets.accelerator.simulator import execute
 from targets.accelerator.tiling import Compiler
 from targets.accelerator.tokens import check, synchronised
@@ -88,19 +88,6 @@ def test_a_scale_or_bias_beyond_the_hardware_is_refused() -> None:
         Scaling.of(np.array([1e6]), np.zeros(1))
     with pytest.raises(TargetError, match="does not fit an accumulator"):
         Scaling.of(np.ones(1), np.array([3e9]))
-
-
-@pytest.mark.parametrize("name", DESIGNS)
-@pytest.mark.parametrize("add", [False, True])
-def test_parameters_come_back_from_their_words(name: str, add: bool) -> None:
-    design, chance = DESIGNS[name], np.random.default_rng(0)
-    addition = Addition.of(0.7, 0.2, -3, 5, -9, 100) if add else None
-    step = Step(scaling(chance, design.columns, 1e4), -4, -128, 99, addition)
-    found = unpack(pack(step, design), design, add=add)
-    sums = chance.integers(-30000, 30000, (50, design.columns))
-    other = chance.integers(-128, 128, (50, design.columns), np.int8)
-    assert replace(found, scaling=step.scaling) == step
-    assert np.array_equal(requantized(sums, found, other), requantized(sums, step, other))
 
 
 def answered(layer: Layer, shape: tuple[int, int, int], design: Design) -> tuple[Int8, Int8]:
@@ -186,6 +173,26 @@ def test_what_no_token_orders_is_named() -> None:
         check([replace(load, ny=0)], SMALL, 64)
     with pytest.raises(ProgramError, match="goes to row 64 of the memory buffer, which has 64"):
         check([replace(load, address=61)], SMALL, 64)
+
+
+def test_pooling_and_adding_at_once_is_refused() -> None:
+    post = Post(source=Source.SIDE, row=0, parameters=0, row_out=0, add=1, window_y=2, nx=4)
+    with pytest.raises(ProgramError, match="what it adds has to be windows of one row"):
+        check([post], SMALL, 64)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"rows": 24}, "'rows' is 24, which is no power of two"),
+        ({"rows": 8, "columns": 16}, "'columns' is 16, more than the 8 'rows'"),
+        ({"rows": 64, "columns": 64, "lanes": 2}, "'lanes' is 2, not between 'columns' / 16 and 'columns'"),
+        ({"weight_rows": 64, "rows": 64}, "'weight_rows' must hold two tiles, which are 128 rows"),
+    ],
+)
+def test_a_design_that_the_circuit_cannot_have_is_refused(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Design(**sizes)
 
 
 def test_a_bank_is_one_units_at_a_time() -> None:

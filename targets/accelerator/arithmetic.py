@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from targets.errors import TargetError
 
 Int8 = NDArray[np.int8]
-Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 MULTIPLIER_BITS = 17

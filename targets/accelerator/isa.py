@@ -60,7 +60,7 @@ class Bits:
         return (-(2 ** (self.width - 1)), 2 ** (self.width - 1) - 1) if self.signed else (0, 2**self.width - 1)
 
 
-U1, U2, U4, U6, U8, U10 = (Bits(width) for width in (1, 2, 4, 6, 8, 10))
+U1, U2, U4, U8, U10 = (Bits(width) for width in (1, 2, 4, 8, 10))
 U12, U14, U20, U26, S8 = Bits(12), Bits(14), Bits(20), Bits(26), Bits(8, signed=True)
 
 
@@ -92,11 +92,6 @@ class Load:
     left: Annotated[int, U4] = 0
     right: Annotated[int, U4] = 0
     pad: Annotated[int, S8] = 0
-
-    @property
-    def entries(self) -> int:
-        """Rows that are written."""
-        return (self.top + self.ny + self.bottom) * (self.left + self.nx + self.right)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from targets.accelerator.arithmetic import Addition, Scaling, Step
+from targets.accelerator.arithmetic import Addition, Step
 from targets.accelerator.design import Design
 from targets.accelerator.isa import Bits
 
@@ -40,30 +40,9 @@ def pack(step: Step, design: Design) -> Words:
     return rows.reshape(-1)
 
 
-def unpack(words: Words, design: Design, *, add: bool) -> Step:
-    """What POST reads of rows that `pack` made."""
-    rows = words.reshape(design.parameter_block, design.lanes)
-    grids, factors = _values(GRIDS, rows[0, 0]), _values(FACTORS, rows[0, 1])
-    then = Addition(
-        int(factors["own"]), int(factors["other"]), int(grids["other_zero"]), int(factors["sum_shift"]),
-        int(grids["sum_zero"]), int(grids["sum_low"]), int(grids["sum_high"]),
-    )  # fmt: skip
-    scaling = Scaling(**_values(CHANNEL, rows[1:].reshape(-1)))
-    return Step(scaling, int(grids["zero"]), int(grids["low"]), int(grids["high"]), then if add else None)
-
-
 def _word(fields: Fields, values: Mapping[str, Any]) -> Words:
     found: Any = np.uint64(0)
     for name, (at, bits) in fields.items():
         masked = np.asarray(values[name], np.int64) & (2**bits.width - 1)
         found = found | masked.astype(np.uint64) << np.uint64(at)
     return np.asarray(found, np.uint64)
-
-
-def _values(fields: Fields, word: Any) -> dict[str, NDArray[np.int64]]:
-    found = {}
-    for name, (at, bits) in fields.items():
-        value = (word >> np.uint64(at) & np.uint64(2**bits.width - 1)).astype(np.int64)
-        over = bits.signed & (value >= 2 ** (bits.width - 1))
-        found[name] = value - over * 2**bits.width
-    return found

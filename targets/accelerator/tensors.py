@@ -43,9 +43,9 @@ class Place:
         packed = memory[self._bytes(design)].view(np.int8).reshape(shape)
         return packed.transpose(0, 3, 1, 2).reshape(-1, self.height, self.width)[: self.channels]
 
-    def write(self, tensor: NDArray[Any], memory: NDArray[np.uint8], design: Design, fill: int = 0) -> None:
-        """Put the tensor into a memory image; channels that it lacks of its last block are `fill`."""
-        whole = np.full((self.blocks(design) * design.columns, self.height, self.width), fill, np.int8)
+    def write(self, tensor: NDArray[Any], memory: NDArray[np.uint8], design: Design) -> None:
+        """Put the tensor into a memory image; channels that it lacks of its last block are zero."""
+        whole = np.zeros((self.blocks(design) * design.columns, self.height, self.width), np.int8)
         whole[: self.channels] = tensor
         packed = whole.reshape(-1, design.columns, self.height, self.width).transpose(0, 2, 3, 1)
         memory[self._bytes(design)] = packed.reshape(-1).view(np.uint8)

@@ -2,11 +2,10 @@
 
 A program answers the same whatever its units' timing when tokens order every two instructions of different units that
 touch the same row, one of them writing it; of accumulators the same bank, whose one way to be read two units share.
-Vector clocks tell (Mattern, "Virtual Time and Global States of Distributed
-Systems", 1989): each unit knows up to which instruction of each other unit all are done, and a token hands on what its
-giver knew when it was done.
+Vector clocks tell (Mattern, "Virtual Time and Global States of Distributed Systems", 1989): each unit knows up to which
+instruction of each other unit all are done, and a token hands on what its giver knew when it was done.
 
-A program whose instructions each find their tokens given before them can not stop for ever: units get instructions in
+A program whose instructions each find their tokens given before them cannot stop for ever: units get instructions in
 the program's order, so the givers are on their way.
 """
 
@@ -86,6 +85,8 @@ def check(program: Sequence[Instruction], design: Design, words: int) -> None:
                 raise ProgramError("a unit can neither wait for itself nor signal itself")
             if min(one.ny, one.nx, *((one.window_y, one.window_x) if isinstance(one, Post) else ())) < 1:
                 raise ProgramError("a loop of no turns never ends")
+            if isinstance(one, Post) and one.add and (one.window_y, one.window_x) != (1, 1):
+                raise ProgramError("what it adds has to be windows of one row")
             for giver, name in enumerate(UNITS):
                 if name not in one.waits:
                     continue

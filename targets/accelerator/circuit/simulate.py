@@ -32,9 +32,8 @@ class _Reads:
         if ready and valid:
             self.waiting.popleft()
         if asked:
-            for k, word in enumerate(self.words[address : address + count].tolist() + [0] * count):
-                if k == count:
-                    break
+            words = self.words[address : address + count].tolist()
+            for word in words + [0] * (count - len(words)):
                 self.last = max(self.last + 1, now + self.latency)
                 self.waiting.append((self.last, word))
         there = bool(self.waiting) and self.waiting[0][0] <= now + 1
