@@ -41,10 +41,16 @@ def verify_artifact(folder: Path, count: int, inputs: list[tuple[Array, ...]] | 
 
 
 def bench_artifact(folder: Path, threads: int, seconds: float, samples: int) -> dict[str, Any]:
-    """Latency of an artifact and of its own graph in ONNX Runtime, interleaved, on one random input."""
+    """Latency of an artifact and of its own graph in ONNX Runtime, interleaved, on one random input.
+
+    Of an artifact that runs here on a simulator, what that says, and no ratio.
+    """
     built = artifacts.read(folder)
-    inputs = _random(built, 0)
-    runner = find_target(built.manifest.target).load(built, threads)
+    inputs, target = _random(built, 0), find_target(built.manifest.target)
+    if (simulated := target.simulated(built)) is not None:
+        engines = {"artifact": Latency.of(simulated).model_dump() | {"samples_ms": ()}}
+        return {"artifact": str(folder), "threads": threads, "engines": engines, "ratio": None}
+    runner = target.load(built, threads)
     peer = session(_model(built), threads)
     seen = interleave(
         {"artifact": lambda: runner(*inputs), "onnxruntime": lambda: run(peer, inputs)},

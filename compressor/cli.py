@@ -201,7 +201,10 @@ def bench(
             for name, row in found["engines"].items()
         ],
     )
-    sys.stdout.write(f"artifact / ONNX Runtime: {found['ratio']:.2f} (under 1 is faster)\n")
+    if found["ratio"] is None:
+        sys.stdout.write(f"{found['engines']['artifact']['basis']}; not measured\n")
+    else:
+        sys.stdout.write(f"artifact / ONNX Runtime: {found['ratio']:.2f} (under 1 is faster)\n")
 
 
 @verb

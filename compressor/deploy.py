@@ -19,6 +19,7 @@ from compressor.pathway import Pathway, extract
 from compressor.store import Store, key_of, writing
 from compressor.verify import Answer, Compared, climb
 from profiles.device import Device
+from profiles.measure import Emulated, Estimate
 from targets import artifact as artifacts
 from targets.base import Artifact, Program, Runner, Target
 from targets.errors import TargetError
@@ -33,6 +34,7 @@ class Deployed:
     Attributes:
         verified: what the ladder compared; without the rung "artifact" when this machine cannot run the artifact.
         unverified: then, why it cannot; empty otherwise.
+        simulated: the latency of an artifact that runs here on a simulator; None of one that is to be timed.
     """
 
     pathway: Pathway
@@ -43,12 +45,18 @@ class Deployed:
     compile_s: float
     verified: tuple[Compared, ...]
     unverified: str
+    simulated: Emulated | Estimate | None
     resumed: bool
 
     @property
     def runs_here(self) -> bool:
         """Whether this machine can run the artifact, so that its own answers were verified."""
         return not self.unverified
+
+    @property
+    def timed_here(self) -> bool:
+        """Whether this machine can tell how long the artifact takes."""
+        return self.runs_here and self.simulated is None
 
 
 def deploy(
@@ -81,7 +89,8 @@ def deploy(
     if proof is not None and built is not None:
         verified, unverified = tuple(Compared(**row) for row in proof["verified"]), proof["unverified"]
         if not unverified or _load(target, built)[0] is None:
-            return Deployed(pathway, program, built, *sizes, proof["compile_s"], verified, unverified, resumed=True)
+            told, seconds = target.simulated(built), proof["compile_s"]
+            return Deployed(pathway, program, built, *sizes, seconds, verified, unverified, told, resumed=True)
     with writing(final):
         final.parent.mkdir(exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
@@ -101,7 +110,8 @@ def deploy(
     with store.entry("verified", key, facts):
         pass
     built = artifacts.read(final)
-    return Deployed(pathway, program, built, *sizes, facts["compile_s"], verified, unverified, resumed=False)
+    told = target.simulated(built)
+    return Deployed(pathway, program, built, *sizes, facts["compile_s"], verified, unverified, told, resumed=False)
 
 
 def _already(directory: Path, plan: str) -> Artifact | None:

@@ -84,7 +84,7 @@ def time_all(
     """
     inputs = real_inputs(original, bench, 1)[0]
     dense = to_program(extract(original, [task.name for task in original.tasks]), original.inputs)[1]
-    running = [made for made in deployed if made.runs_here]
+    running = [made for made in deployed if made.timed_here]
     names = {made.program.name for made in running}
     artifacts: list[Timed] = []
     baselines: list[Timed] = []

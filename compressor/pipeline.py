@@ -257,7 +257,7 @@ def _deploy(job: Job, model: MultiTaskModel, tasks: tuple[str, ...], store: Stor
 def _measured(job: Job, store: Store, deployed: list[Deployed]) -> tuple[Timings, Environment]:
     """Timings, and the surroundings in which they were taken."""
     surroundings = environment()
-    if not any(made.runs_here for made in deployed):
+    if not any(made.timed_here for made in deployed):
         return Timings((), ()), surroundings
     recipe = job.recipe
     here = [surroundings.cpu, surroundings.affinity, surroundings.variables]

@@ -154,6 +154,7 @@ def _artifact_rows(made: Deployed, timings: Timings, device: Device, directory: 
     rows = []
     mine: list[Timed | None] = [timed for timed in timings.artifacts if timed.artifact == made.program.name]
     for timed in mine or [None]:
+        latency = timed.measurement if timed else made.simulated
         dense = next((b for b in timings.baselines if timed and b.name == DENSE and b.threads == timed.threads), None)
         rows.append(
             ArtifactResult(
@@ -170,7 +171,7 @@ def _artifact_rows(made: Deployed, timings: Timings, device: Device, directory: 
                 load_ms=timed.load_ms if timed else None,
                 first_ms=timed.first_ms if timed else None,
                 compile_s=made.compile_s,
-                latency_ms=Latency.of(timed.measurement) if timed else None,
+                latency_ms=Latency.of(latency) if latency else None,
                 samples=timed.samples_ms if timed else (),
                 ratio_to_dense=(
                     PairedRatio.of(DENSE, ratio(timed.measurement, dense.measurement)) if timed and dense else None
@@ -254,7 +255,7 @@ def _warnings(
             )
     measured = {timed.threads for timed in timings.artifacts}
     lacking = [str(count) for count in recipe.threads if count not in measured]
-    if lacking and any(made.runs_here for made in deployed):
+    if lacking and any(made.timed_here for made in deployed):
         yield f"Not measured with {', '.join(lacking)} threads: this process may use fewer cores."
     if not all(timed.measurement.stable for timed in (*timings.artifacts, *timings.baselines)):
         yield "Some engines had not settled when their warm-up time was over; see the drift column."

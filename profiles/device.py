@@ -17,6 +17,19 @@ Kind = Literal["cpu", "gpu", "fpga"]
 HOST = "host"
 
 
+class Clock(Settings):
+    """How fast the accelerator's circuit is on an FPGA.
+
+    Attributes:
+        by: a circuit that was routed, or a guess.
+        how: tool, part, speed grade and seeds of a routed one; what a guess goes by.
+    """
+
+    megahertz: float = Field(gt=0)
+    by: Literal["place-and-route", "estimate"]
+    how: str = Field(min_length=1)
+
+
 class Device(Settings):
     """One device profile, read from `devices/<name>.toml` or a path.
 
@@ -27,6 +40,8 @@ class Device(Settings):
         vector_bits, vector_registers: of the SIMD unit (cpu kind).
         channel_multiple: layer widths that waste no lane are multiples of this.
         compiler: command that links a shared library for this device; empty means the host's own.
+        array: of an fpga, sizes of its accelerator that are not the default (`targets/accelerator/design.py`).
+        clock: of an fpga, its accelerator's.
     """
 
     name: str
@@ -38,6 +53,8 @@ class Device(Settings):
     vector_registers: int = Field(ge=8, default=16)
     channel_multiple: int = Field(ge=1, default=8)
     compiler: str = ""
+    array: Mapping[str, int] = Field(default_factory=dict)
+    clock: Clock | None = None
 
     @property
     def vector_lanes(self) -> int:
@@ -48,6 +65,8 @@ class Device(Settings):
     def _target_fits(self) -> Self:
         if self.kind != "fpga" and "kind" not in self.target:
             raise ValueError(f"[target] of a {self.kind} needs 'kind', such as 'llvm' or 'cuda'")
+        if (self.kind == "fpga") != (self.clock is not None):
+            raise ValueError("an fpga, and no other device, needs [clock] with 'megahertz', 'by' and 'how'")
         cores = self.target.get("num-cores", self.cores)
         if cores != self.cores:
             raise ValueError(f"[target] 'num-cores' is {cores}, but 'cores' is {self.cores}")

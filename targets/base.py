@@ -12,6 +12,7 @@ import onnx
 from pydantic import Field
 
 from profiles.device import Device, Kind
+from profiles.measure import Emulated, Estimate
 from profiles.settings import Settings
 from targets.records import Records
 
@@ -130,7 +131,8 @@ class Target(Protocol):
     every unsupported operator; `records` are measured times of the device's kernels, for targets that choose by them.
     `build` writes the whole artifact folder (replacing an artifact, never anything else) or nothing; `extra` are
     further files by name, `about` goes into the manifest. `load` verifies every file against the manifest before any
-    code is opened; `threads` counts all threads an inference uses.
+    code is opened; `threads` counts all threads an inference uses. `simulated` is the latency of an artifact that runs
+    here on a simulator of its device; None where what runs here is to be timed.
     """
 
     name: str
@@ -142,3 +144,4 @@ class Target(Protocol):
         self, plan: BuildPlan, directory: Path, extra: Mapping[str, bytes], about: Mapping[str, object]
     ) -> Artifact: ...
     def load(self, artifact: Artifact, threads: int) -> Runner: ...
+    def simulated(self, artifact: Artifact) -> Emulated | Estimate | None: ...

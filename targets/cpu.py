@@ -91,6 +91,9 @@ class CpuTarget:
         module = open_library(artifact)
         return VirtualMachineRunner(module, tvm.cpu(), manifest.inputs, manifest.tasks, threads)
 
+    def simulated(self, artifact: Artifact) -> None:
+        """Artifacts of this target are timed."""
+
 
 def require_host_runs(device: Device) -> None:
     """Refuse code of another architecture or with wider vectors than this machine's, before it can crash."""

@@ -9,6 +9,7 @@ from targets.errors import TargetError
 TARGETS = {
     "cpu": "targets.cpu:CpuTarget",
     "gpu": "targets.gpu:GpuTarget",
+    "fpga": "targets.fpga:FpgaTarget",
 }
 
 

@@ -72,8 +72,8 @@ def test_usage_errors_exit_2(arguments: list[str]) -> None:
 
 
 def test_targets_and_devices() -> None:
-    assert compress("targets").stdout == "cpu\ngpu\n"
-    assert json.loads(compress("targets", "--json").stdout) == ["cpu", "gpu"]
+    assert compress("targets").stdout == "cpu\ngpu\nfpga\n"
+    assert json.loads(compress("targets", "--json").stdout) == ["cpu", "gpu", "fpga"]
     listed = compress("devices").stdout
     assert listed.splitlines()[0].split() == ["device", "kind"]
     assert any(line.split()[:2] == ["raspberry-pi-5", "cpu"] for line in listed.splitlines())

@@ -91,6 +91,7 @@ class Executable:
 
     Attributes:
         program: instructions, tokens placed.
+        layers: of each instruction, the number of the node that it is for.
         image: memory before the first run: constants, and room for values.
         places: where each value lies.
         packed: how inputs lie in memory that do so as the windows that their layer reads.
@@ -98,6 +99,7 @@ class Executable:
 
     design: Design
     program: bytes
+    layers: Sequence[int]
     image: NDArray[np.uint8]
     places: Mapping[str, Place]
     packed: Mapping[str, "Packing"]
@@ -134,7 +136,7 @@ def compile_network(network: Network, design: Design) -> Executable:
         other = None if node.other is None else places[node.other]
         places[node.result] = compiler.layer(node.layer, places[node.source], other)
     program = synchronised(compiler.program(), design, compiler.words)
-    return Executable(design, encode(program), compiler.image(), places, packed)
+    return Executable(design, encode(program), compiler.layers(), compiler.image(), places, packed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """A layer as instructions: how its results are cut into tiles, and in which order they are computed."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -12,6 +12,7 @@ from targets.accelerator.design import WORD_BYTES, Design
 from targets.accelerator.errors import ProgramError
 from targets.accelerator.isa import Gemm, Instruction, Load, Memory, Post, Reduce, Source, Store
 from targets.accelerator.layers import LARGEST_WINDOW, POINT, Contraction, Layer, Pooling, Window
+from targets.accelerator.ordering import Group, ordered
 from targets.accelerator.parameters import pack
 from targets.accelerator.tensors import Place
 
@@ -23,21 +24,6 @@ LONGEST_LINE = 1023
 
 GEMM_SETUP, POST_SETUP, STORE_SETUP = 5, 35, 28
 """Cycles that an instruction takes at least beyond what it moves."""
-
-
-@dataclass(slots=True)
-class Group:
-    """What is computed together, and what must be loaded for it.
-
-    Attributes:
-        constants: loads that can be done long before, as they read no answer of a layer.
-        inputs: loads of activations.
-        work: everything else.
-    """
-
-    constants: list[Instruction] = field(default_factory=list)
-    inputs: list[Load] = field(default_factory=list)
-    work: list[Instruction] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +71,12 @@ class Compiler:
         return memory
 
     def program(self) -> list[Instruction]:
-        """All instructions, without tokens: what a group needs is loaded while the one before it is computed.
+        """All instructions, without tokens."""
+        return [one for one, _ in ordered(self.groups, self.design)]
 
-        But what that one stores itself is loaded after it.
-        """
-        found, late = list[Instruction](), list[Instruction]()
-        for now, after in zip([Group(), *self.groups], [*self.groups, Group()], strict=True):
-            stores = [one for one in now.work if isinstance(one, Store)]
-            ahead = [one for one in after.inputs if not any(_meets(one, store, self.design) for store in stores)]
-            found += late
-            found += _spread(now.work, [*after.constants, *ahead])
-            late = [one for one in after.inputs if one not in ahead]
-        return found
+    def layers(self) -> list[int]:
+        """Of each instruction, the number of the layer that it is for."""
+        return [layer for _, layer in ordered(self.groups, self.design)]
 
     def layer(self, layer: Layer, source: Place, other: Place | None = None) -> Place:
         """Compute a layer's answer, and where it lies.
@@ -110,34 +90,18 @@ class Compiler:
         channels = len(layer.weights) if isinstance(layer, Contraction) else source.channels
         height, width = layer.results(source.height, source.width)
         target = self.place(channels, height, width)
+        number = self.groups[-1].layer + 1 if self.groups else 0
         if isinstance(layer, Contraction):
-            self.groups += _Contracting(self, layer, source, target, other).groups()
+            found = _Contracting(self, layer, source, target, other).groups()
         else:
-            self.groups += _pooled(self, layer, source, target)
+            found = _pooled(self, layer, source, target)
+        self.groups += [replace(group, layer=number) for group in found]
         return target
 
     def turn(self, what: str) -> int:
         """0 and 1 by turns: which half of a buffer is next."""
         self._turns[what] = 1 - self._turns.get(what, 1)
         return self._turns[what]
-
-
-def _spread(work: Sequence[Instruction], loads: Sequence[Instruction]) -> Iterator[Instruction]:
-    """Both in their order, the loads evenly between the rest."""
-    done = 0
-    if not work:
-        yield from loads
-    for index, one in enumerate(work):
-        until = len(loads) * (index + 1) // len(work)
-        yield from loads[done:until]
-        yield one
-        done = until
-
-
-def _meets(load: Load, store: Store, d: Design) -> bool:
-    """Might a load read what a store writes? Lines are taken for all that lies between the first and the last."""
-    ends = [one.address + one.stride * (one.ny - 1) + one.nx * d.block_words for one in (load, store)]
-    return load.address < ends[1] and store.address < ends[0]
 
 
 class _Contracting:
