@@ -28,7 +28,7 @@ def verify_artifact(folder: Path, count: int, inputs: list[tuple[Array, ...]] | 
     runner = find_target(built.manifest.target).load(built, threads=1)
     model = _model(built)
     trusted = onnx_answers(Program(built.manifest.program, model, built.manifest.tasks))
-    pairs = [(runner(*x), trusted(*x)) for x in inputs or [_random(built, seed) for seed in range(count)]]
+    pairs = [(runner(*x), trusted(*x)) for x in inputs or [random_inputs(built, seed) for seed in range(count)]]
     found = []
     for task in built.manifest.tasks:
         answers = [(want[task], have[task]) for have, want in pairs]
@@ -46,7 +46,7 @@ def bench_artifact(folder: Path, threads: int, seconds: float, samples: int) -> 
     Of an artifact that runs here on a simulator, what that says, and no ratio.
     """
     built = artifacts.read(folder)
-    inputs, target = _random(built, 0), find_target(built.manifest.target)
+    inputs, target = random_inputs(built, 0), find_target(built.manifest.target)
     if (simulated := target.simulated(built)) is not None:
         engines = {"artifact": Latency.of(simulated).model_dump() | {"samples_ms": ()}}
         return {"artifact": str(folder), "threads": threads, "engines": engines, "ratio": None}
@@ -72,7 +72,7 @@ def profile_artifact(folder: Path, threads: int, seconds: float) -> dict[str, An
     really done, and to bring the weights from memory, beside the time it took.
     """
     built = artifacts.read(folder)
-    found = profile(built, _random(built, 0), threads, seconds)
+    found = profile(built, random_inputs(built, 0), threads, seconds)
     calls = [
         timed.call.model_dump()
         | {
@@ -99,7 +99,7 @@ def _model(built: Artifact) -> onnx.ModelProto:
     return onnx.load_model_from_string((built.directory / artifacts.MODEL).read_bytes())
 
 
-def _random(built: Artifact, seed: int) -> tuple[Array, ...]:
+def random_inputs(built: Artifact, seed: int) -> tuple[Array, ...]:
     """Inputs of the manifest's shapes: uniform in [0, 1), or small whole numbers for integer inputs."""
     chance = np.random.default_rng(seed)
     return tuple(

@@ -31,6 +31,7 @@ from targets.errors import TargetError
 
 if TYPE_CHECKING:
     from compressor.pipeline import Job
+    from targets.base import Array
 
 OUTSIDE_BUDGET = 3
 INTERRUPTED = 130
@@ -154,12 +155,7 @@ def verify(
     """Check an artifact against its manifest, then its answers against ONNX Runtime's."""
     from compressor.checks import verify_artifact
 
-    given = None
-    if recipe is not None:
-        from compressor.deploy import real_inputs
-
-        job = _job(recipe, overrides, builds=False)
-        given = [tuple(t.numpy() for t in x) for x in real_inputs(job.model, job.bench, inputs)]
+    given = None if recipe is None else _inputs(recipe, overrides, inputs)
     compared = verify_artifact(artifact, inputs, given)
     if as_json:
         print_json([{"task": c.task, "max_abs_error": c.max_abs_error, "tolerance": c.tolerance} for c in compared])
@@ -205,6 +201,31 @@ def bench(
         sys.stdout.write(f"{found['engines']['artifact']['basis']}; not measured\n")
     else:
         sys.stdout.write(f"artifact / ONNX Runtime: {found['ratio']:.2f} (under 1 is faster)\n")
+
+
+@verb
+def build(
+    artifact: ArtifactPath,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; a new one.")],
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="Record this recipe's first validation input, not a random one.")
+    ] = None,
+    overrides: Overrides = None,
+    synth: Annotated[bool, typer.Option("--synth", help="Place and route it, too (ECP5; minutes a seed).")] = False,
+    seeds: Annotated[int, typer.Option(min=1, max=8, help="Seeds to place from; the best is kept.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Write what a board needs of an artifact for an fpga: Verilog, memory, a recorded frame, a driver in C."""
+    from compressor.boards import write_board
+
+    given = None if recipe is None else _inputs(recipe, overrides, 1)[0]
+    told = write_board(artifact, out, given, seeds if synth else 0)
+    if as_json:
+        print_json(told)
+    elif synth:
+        rows = [(str(run["seed"]), f"{run['megahertz']:.1f}") for run in told["runs"]]
+        print_table(("seed", "MHz"), rows + [(seed, why) for seed, why in told["failed"].items()])
+        print_line(", ".join(f"{count:,} {what}" for what, count in told["resources"].items()))
 
 
 @verb
@@ -316,6 +337,14 @@ def devices(as_json: AsJson = False) -> None:
 def main() -> None:
     """The entry point."""
     app(prog_name="compress")
+
+
+def _inputs(recipe: Path, overrides: list[str] | None, count: int) -> "list[tuple[Array, ...]]":
+    """A recipe's validation inputs."""
+    from compressor.deploy import real_inputs
+
+    job = _job(recipe, overrides, builds=False)
+    return [tuple(t.numpy() for t in x) for x in real_inputs(job.model, job.bench, count)]
 
 
 def _job(path: Path, overrides: Sequence[str] | None, *, builds: bool = True) -> "Job":

@@ -16,7 +16,7 @@ from profiles.settings import faults
 from targets import artifact as artifacts
 from targets.accelerator import package, tools
 from targets.accelerator.design import Design
-from targets.accelerator.network import Executable, compile_network
+from targets.accelerator.network import Executable, compile_networks
 from targets.accelerator.partition import Partition, partition
 from targets.account import Call, Kernels, account
 from targets.base import Artifact, BuildPlan, Program, Runner
@@ -77,7 +77,7 @@ class FpgaTarget:
         design, model = design_of(device), program.model.SerializeToString(deterministic=True)
         functions = f"taskpress.{hashlib.sha256(model + design.model_dump_json().encode()).hexdigest()[:16]}."
         parts = partition(lower(program, integers=True), functions)
-        runs = tuple(compile_network(network, design) for network in parts.networks)
+        runs = compile_networks(parts.networks, design)
         machine = host.device()
         target = tvm.target.Target(dict(machine.target))
         with target:
@@ -86,10 +86,10 @@ class FpgaTarget:
         files = {
             artifacts.MODEL: model,
             package.FILE: package.describe(parts.networks, runs, functions).to_json(),
+            package.IMAGE: runs[0].image.tobytes(),
             "model.tir": scheduled.script(show_meta=False).encode(),
         }
-        for k, run in enumerate(runs):
-            files |= dict(zip(package.files_of(k), (run.program, run.image.tobytes()), strict=True))
+        files |= {package.program_of(k): run.program for k, run in enumerate(runs)}
         return BuildPlan(
             target=self.name,
             device=device,
@@ -113,7 +113,7 @@ class FpgaTarget:
             executable = relax.build(lowered.host, target, relax_pipeline=FINISH)
             link(executable, folder / artifacts.LIBRARY, plan.device)
             (folder / artifacts.KERNELS).write_bytes(lowered.kernels().to_json())
-            for name in (package.FILE, *(name for k in range(len(lowered.runs)) for name in package.files_of(k))):
+            for name in (package.FILE, package.IMAGE, *map(package.program_of, range(len(lowered.runs)))):
                 (folder / name).write_bytes(plan.files[name])
             artifacts.seal(folder, plan, signature(plan.program), answers(plan.program), extra, about)
         return artifacts.read(directory)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from compressor.cli import app
 
-VERBS = ("run", "inspect", "verify", "bench", "tune", "sweep", "report", "targets", "devices")
+VERBS = ("run", "inspect", "verify", "bench", "build", "tune", "sweep", "report", "targets", "devices")
 
 
 def compress(*arguments: object, **environment: str) -> Result:

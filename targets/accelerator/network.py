@@ -10,6 +10,7 @@ from targets.accelerator.arithmetic import Int8
 from targets.accelerator.design import Design
 from targets.accelerator.isa import encode
 from targets.accelerator.layers import POINT, Contraction, Layer, Window
+from targets.accelerator.ordering import ordered
 from targets.accelerator.tensors import Place
 from targets.accelerator.tiling import Compiler
 from targets.accelerator.tokens import synchronised
@@ -121,9 +122,26 @@ def compile_network(network: Network, design: Design) -> Executable:
     Raises:
         ProgramError: a layer does not fit the design's buffers.
     """
-    compiler, places, packed = Compiler(design), dict[str, Place](), dict[str, Packing]()
+    return compile_networks([network], design)[0]
+
+
+def compile_networks(networks: Sequence[Network], design: Design) -> tuple[Executable, ...]:
+    """Programs that share one memory: each in its own place, all in every image, so that switching moves nothing.
+
+    Raises:
+        ProgramError: a layer does not fit the design's buffers.
+    """
+    compiler = Compiler(design)
+    found = [_compiled(network, compiler) for network in networks]
+    image = compiler.image()
+    return tuple(replace(one, image=image) for one in found)
+
+
+def _compiled(network: Network, compiler: Compiler) -> Executable:
+    """A network's program, without the memory's image."""
+    design, places, packed = compiler.design, dict[str, Place](), dict[str, Packing]()
     readers = {name: [node for node in network.nodes if name in (node.source, node.other)] for name in network.values}
-    unpacked = dict[str, Node]()
+    unpacked, first = dict[str, Node](), len(compiler.groups)
     for name in network.inputs:
         shape = network.values[name].shape
         if len(readers[name]) == 1 and (thin := _packed(readers[name][0], shape[0], design)) is not None:
@@ -135,8 +153,9 @@ def compile_network(network: Network, design: Design) -> Executable:
         node = unpacked.get(node.result, node)
         other = None if node.other is None else places[node.other]
         places[node.result] = compiler.layer(node.layer, places[node.source], other)
-    program = synchronised(compiler.program(), design, compiler.words)
-    return Executable(design, encode(program), compiler.layers(), compiler.image(), places, packed)
+    instructions, layers = zip(*ordered(compiler.groups[first:], design), strict=True)
+    program = encode(synchronised(instructions, design, compiler.words))
+    return Executable(design, program, [layer - layers[0] for layer in layers], np.zeros(0, np.uint8), places, packed)
 
 
 @dataclass(frozen=True, slots=True)

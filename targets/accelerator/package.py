@@ -1,6 +1,6 @@
 """What a built folder says of the accelerator: its design, its runs, and where their tensors lie in memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from targets.accelerator.tensors import Place
 from targets.account import Call
 from targets.errors import TargetError
 
-FILE = "accelerator.json"
+FILE, IMAGE = "accelerator.json", "memory.image"
 
 
 class Packed(Settings):
@@ -54,10 +54,9 @@ class Port(Settings):
 
 
 class Run(Settings):
-    """One program: files of the folder with its instructions and its memory before the first frame."""
+    """One program: the file of the folder with its instructions, and what the host gives and takes."""
 
     program: str
-    image: str
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
 
@@ -84,14 +83,13 @@ def describe(networks: Sequence[Network], built: Sequence[Executable], functions
     runs = []
     for k, (network, one) in enumerate(zip(networks, built, strict=True)):
         ports = [[_port(network, one, name) for name in names] for names in (network.inputs, network.outputs)]
-        program, image = files_of(k)
-        runs.append(Run(program=program, image=image, inputs=tuple(ports[0]), outputs=tuple(ports[1])))
+        runs.append(Run(program=program_of(k), inputs=tuple(ports[0]), outputs=tuple(ports[1])))
     return Package(design=built[0].design, functions=functions, runs=tuple(runs))
 
 
-def files_of(run: int) -> tuple[str, str]:
-    """Names of a run's program and memory image."""
-    return f"run{run}.program", f"run{run}.image"
+def program_of(run: int) -> str:
+    """Name of a run's program."""
+    return f"run{run}.program"
 
 
 def _port(network: Network, built: Executable, name: str) -> Port:
@@ -111,7 +109,7 @@ def _port(network: Network, built: Executable, name: str) -> Port:
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
-    """A run of an opened package on the instruction-level simulator; its memory is kept from frame to frame."""
+    """A run of an opened package on the instruction-level simulator; all runs share a memory, and leave it changed."""
 
     run: Run
     design: Design
@@ -120,11 +118,20 @@ class Simulated:
 
     def __call__(self, *tensors: Any) -> None:
         """What the host's part calls: tensors that it gives, then those to fill."""
-        for port, given in zip(self.run.inputs, tensors, strict=False):
-            _place(port).write(_stored(port, given.numpy()[0]), self.memory, self.design)
+        given = [tensor.numpy()[0] for tensor in tensors[: len(self.run.inputs)]]
+        for answer, tensor in zip(self.answers(given), tensors[len(given) :], strict=True):
+            tensor.copyfrom(answer[None])
+
+    def answers(self, inputs: Sequence[NDArray[np.int8]]) -> list[NDArray[np.int8]]:
+        """The run's outputs, (channels, height, width) as its inputs."""
+        self.give(inputs)
         simulator.execute(self.program, self.memory, self.design)
-        for port, answer in zip(self.run.outputs, tensors[len(self.run.inputs) :], strict=True):
-            answer.copyfrom(_place(port).read(self.memory, self.design)[None])
+        return [_place(port).read(self.memory, self.design) for port in self.run.outputs]
+
+    def give(self, inputs: Sequence[NDArray[np.int8]]) -> None:
+        """Put the run's inputs where it reads them."""
+        for port, given in zip(self.run.inputs, inputs, strict=True):
+            _place(port).write(_stored(port, given), self.memory, self.design)
 
     def cycles(self) -> int:
         """Of one frame, all stalls counted."""
@@ -138,7 +145,8 @@ def opened(folder: Path) -> list[Simulated]:
         TargetError: the table is broken, a file is not of the size that it says, or a program has no such instructions.
     """
     package = read(folder)
-    return [_opened(folder, run, package.design) for run in package.runs]
+    memory = np.frombuffer((folder / IMAGE).read_bytes(), np.uint8).copy()
+    return [_opened(folder, run, package.design, memory) for run in package.runs]
 
 
 def read(folder: Path) -> Package:
@@ -155,19 +163,17 @@ def read(folder: Path) -> Package:
         raise TargetError(f"'{folder / FILE}' cannot be read: {error.strerror}.") from error
 
 
-def register(package: Package, runs: Sequence[Simulated]) -> None:
+def register(package: Package, runs: Sequence[Callable[..., None]]) -> None:
     """Let the host's part of this process find the runs."""
     for k, run in enumerate(runs):
         tvm_ffi.register_global_func(f"{package.functions}{k}", run, override=True)
 
 
-def _opened(folder: Path, run: Run, design: Design) -> Simulated:
-    program, image = ((folder / name).read_bytes() for name in (run.program, run.image))
-    memory = np.frombuffer(image, np.uint8).copy()
-    words = memory.size // WORD_BYTES
+def _opened(folder: Path, run: Run, design: Design, memory: NDArray[np.uint8]) -> Simulated:
+    program, words = (folder / run.program).read_bytes(), memory.size // WORD_BYTES
     for port in (*run.inputs, *run.outputs):
         if memory.size % WORD_BYTES or port.address + _place(port).words(design) > words:
-            raise TargetError(f"'{folder / run.image}' has no room for '{port.name}', which {FILE} places there.")
+            raise TargetError(f"'{folder / IMAGE}' has no room for '{port.name}', which {FILE} places there.")
         if port.packed is None and port.shape != port.stored:
             raise TargetError(f"'{folder / FILE}' stores '{port.name}' {port.shape} as {port.stored}.")
     list(decode(program))  # refuses what is no instruction

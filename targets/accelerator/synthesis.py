@@ -2,8 +2,9 @@
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from amaranth.back import rtlil
@@ -13,7 +14,9 @@ from targets.accelerator.circuit.harness import Harness
 from targets.accelerator.design import Design
 from targets.errors import TargetError
 
-TOP = "harness"
+TOP, NETLIST = "harness", "circuit.json"
+SPEED = 6
+"""The slowest grade, and the cheapest."""
 SIZES = {"ecp5-25k": "25k", "ecp5-45k": "45k", "ecp5-85k": "85k"}
 PACKAGE = "CABGA381"
 
@@ -49,12 +52,20 @@ def synthesise(design: Design, folder: Path) -> Resources:
     Raises:
         TargetError: yosys is missing or fails.
     """
+    (folder / "circuit.il").write_text(_circuit(design))
+    tools.yosys(["read_rtlil circuit.il", f"synth_ecp5 -top {TOP} -json {NETLIST}"], folder)
+    return _resources(folder / NETLIST)
+
+
+def _circuit(design: Design) -> str:
+    """The harness in yosys' language."""
     text = str(rtlil.convert(Harness(design, "ecp5"), name=TOP))
     # Amaranth asks that a row which is read while it is written is read as it was. Tokens keep that from happening.
-    text = re.sub(r"(parameter \\COLLISION_X_MASK) (\d+)'0+", lambda m: f"{m[1]} {m[2]}'{'1' * int(m[2])}", text)
-    (folder / "circuit.il").write_text(text)
-    tools.yosys(["read_rtlil circuit.il", f"synth_ecp5 -top {TOP} -json circuit.json"], folder)
-    cells = json.loads((folder / "circuit.json").read_text())["modules"][TOP]["cells"].values()
+    return re.sub(r"(parameter \\COLLISION_X_MASK) (\d+)'0+", lambda m: f"{m[1]} {m[2]}'{'1' * int(m[2])}", text)
+
+
+def _resources(netlist: Path) -> Resources:
+    cells = json.loads(netlist.read_text())["modules"][TOP]["cells"].values()
     kinds = [cell["type"] for cell in cells]
     luts = kinds.count("LUT4") + 2 * kinds.count("CCU2C")
     return Resources(luts, kinds.count("TRELLIS_FF"), kinds.count("MULT18X18D"), kinds.count("DP16KD"))
@@ -74,7 +85,7 @@ def route(folder: Path, device: str, speed: int, seed: int, megahertz: float, op
         raise TargetError(f"No ECP5 '{device}'; there are {', '.join(SIZES)}.")
     report = folder / f"route-{seed}.json"
     command = [
-        tools.nextpnr(), f"--{SIZES[device]}", "--package", PACKAGE, "--speed", str(speed), "--json", "circuit.json",
+        tools.nextpnr(), f"--{SIZES[device]}", "--package", PACKAGE, "--speed", str(speed), "--json", NETLIST,
         "--textcfg", f"circuit-{seed}.config", "--report", report.name, "--seed", str(seed), "--freq", str(megahertz),
         "--timing-allow-fail", "--quiet", *options,
     ]  # fmt: skip
@@ -86,3 +97,62 @@ def route(folder: Path, device: str, speed: int, seed: int, megahertz: float, op
         {name: cell["used"] for name, cell in cells.items() if cell["used"]},
         {name: cell["available"] for name, cell in cells.items() if cell["used"]},
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A design placed and routed from several seeds.
+
+    Attributes:
+        runs: in the order of their seeds; of one that did not route, nothing.
+        failed: of each other seed, why not.
+    """
+
+    resources: Resources
+    runs: tuple[Routed, ...]
+    failed: dict[int, str]
+
+    @property
+    def best(self) -> Routed | None:
+        return max(self.runs, key=lambda run: run.megahertz, default=None)
+
+
+def fit(design: Design, device: str, seeds: Sequence[int], megahertz: float, folder: Path) -> Fitted:
+    """Synthesise, and place and route from each seed: minutes each, then cached. Leaves the best's `harness.config`.
+
+    Args:
+        megahertz: that the router aims at.
+
+    Raises:
+        TargetError: the device is no ECP5, a tool is missing, or synthesis fails.
+    """
+    if device not in SIZES:
+        raise TargetError(f"No ECP5 '{device}'; there are {', '.join(SIZES)}.")
+    router = tools.run([tools.nextpnr(), "--version"], folder)
+    circuit, runs, failed = _circuit(design), dict[int, tuple[Routed, str]](), dict[int, str]()
+
+    def synthesised(into: Path) -> Path:
+        synthesise(design, into)
+        return into / NETLIST
+
+    netlist = tools.built(NETLIST, (circuit,), synthesised)
+    for seed in seeds:
+
+        def routed(into: Path, seed: int = seed) -> Path:
+            shutil.copy(netlist, into / NETLIST)
+            found = route(into, device, SPEED, seed, megahertz)
+            made = into / "routed.json"
+            made.write_text(json.dumps([asdict(found), (into / f"circuit-{seed}.config").read_text()]))
+            return made
+
+        key = (circuit, router, device, str(SPEED), str(seed), str(megahertz))
+        try:
+            found, config = json.loads(tools.built("routed.json", key, routed).read_text())
+        except TargetError as error:
+            failed[seed] = str(error).splitlines()[-1]
+        else:
+            runs[seed] = Routed(**found), config
+    fitted = Fitted(_resources(netlist), tuple(run for run, _ in runs.values()), failed)
+    if fitted.best is not None:
+        (folder / "harness.config").write_text(runs[fitted.best.seed][1])
+    return fitted

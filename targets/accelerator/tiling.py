@@ -74,10 +74,6 @@ class Compiler:
         """All instructions, without tokens."""
         return [one for one, _ in ordered(self.groups, self.design)]
 
-    def layers(self) -> list[int]:
-        """Of each instruction, the number of the layer that it is for."""
-        return [layer for _, layer in ordered(self.groups, self.design)]
-
     def layer(self, layer: Layer, source: Place, other: Place | None = None) -> Place:
         """Compute a layer's answer, and where it lies.
 

@@ -30,6 +30,12 @@ def yosys(passes: Sequence[str], folder: Path) -> str:
     raise TargetError(f"No yosys: neither the Python package 'pyosys' nor a command 'yosys' is there. {EXTRA}")
 
 
+def require_amaranth() -> None:
+    """Raise TargetError unless the package that makes the circuit is there."""
+    if not find_spec("amaranth"):
+        raise TargetError(f"No Python package 'amaranth', which makes the circuit. {EXTRA}")
+
+
 def nextpnr() -> str:
     """The command that places and routes for ECP5.
 

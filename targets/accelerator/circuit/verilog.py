@@ -7,11 +7,12 @@ from amaranth.back import rtlil
 from amaranth.hdl import Value
 
 from targets.accelerator import tools
+from targets.accelerator.circuit.harness import Harness
 from targets.accelerator.circuit.multiplier import Kind
 from targets.accelerator.circuit.top import Accelerator
 from targets.accelerator.design import Design
 
-TOP = "accelerator"
+TOP, HARNESS = "accelerator", "harness"
 
 
 def intermediate(design: Design, kind: Kind) -> str:
@@ -29,11 +30,24 @@ def verilog(design: Design, kind: Kind = "plain") -> str:
     Raises:
         TargetError: yosys is missing.
     """
+    return _flat(intermediate(design, kind), TOP)
+
+
+def harness(design: Design, kind: Kind) -> str:
+    """One flat module `harness`: the circuit behind four pins.
+
+    Raises:
+        TargetError: yosys is missing.
+    """
+    return _flat(str(rtlil.convert(Harness(design, kind), name=HARNESS)), HARNESS)
+
+
+def _flat(circuit: str, top: str) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        (folder / "circuit.il").write_text(intermediate(design, kind))
+        (folder / "circuit.il").write_text(circuit)
         passes = [
-            "read_rtlil circuit.il", f"hierarchy -top {TOP} -check", "proc", "flatten", "memory_collect", "opt_clean",
+            "read_rtlil circuit.il", f"hierarchy -top {top}", "proc", "flatten", "memory_collect", "opt_clean",
             "write_verilog -noattr circuit.v",
         ]  # fmt: skip
         tools.yosys(passes, folder)
