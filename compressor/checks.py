@@ -13,7 +13,8 @@ from compressor.verify import Compared, compare, difference, on_grids, onnx_answ
 from profiles.measure import interleave, ratio
 from targets import artifact as artifacts
 from targets.base import Array, Artifact, Program
-from targets.profiling import profile
+from targets.fpga import FpgaTarget, clock_of
+from targets.profiling import host_seconds, kernels, profile
 from targets.registry import target as find_target
 
 
@@ -38,6 +39,12 @@ def verify_artifact(folder: Path, count: int, inputs: list[tuple[Array, ...]] | 
             raise CompressError(f"Task '{task}' of '{folder}' {told(compared, *worst)} ONNX Runtime.")
         found.append(compared)
     return found
+
+
+def is_simulated(folder: Path) -> bool:
+    """Does an artifact run here on a simulator of its device?"""
+    built = artifacts.read(folder)
+    return find_target(built.manifest.target).simulated(built) is not None
 
 
 def bench_artifact(folder: Path, threads: int, seconds: float, samples: int) -> dict[str, Any]:
@@ -93,6 +100,24 @@ def profile_artifact(folder: Path, threads: int, seconds: float) -> dict[str, An
         "peak_gflops": found.peak.macs * 2e-9,
         "peak_gbytes": found.peak.bytes * 1e-9,
     }
+
+
+def profile_accelerated(folder: Path) -> list[dict[str, Any]]:
+    """Every layer of an accelerator with its cycles at its clock, and every kernel of its host, timed here.
+
+    Raises:
+        TargetError: the folder does not match its manifest, or is of no fpga.
+    """
+    built = artifacts.read(folder)
+    clock = clock_of(built.manifest.device)
+    runner = FpgaTarget().load(built, threads=1)
+    timed = iter(host_seconds(built, runner, random_inputs(built, 0)))
+    rows = []
+    for call in kernels(built).calls:
+        ms = call.cycles / clock.megahertz / 1e3 if call.accelerated else next(timed) * 1e3
+        how = f"RTL simulation, {clock.by}" if call.accelerated else "measured here"
+        rows.append({"kernel": call.kernel, "layer": call.layer, "macs": call.macs, "ms": ms, "how": how})
+    return rows
 
 
 def _model(built: Artifact) -> onnx.ModelProto:

@@ -176,8 +176,16 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure an artifact's latency beside its own graph in ONNX Runtime, taking turns."""
-    from compressor.checks import bench_artifact, profile_artifact
+    from compressor.checks import bench_artifact, is_simulated, profile_accelerated, profile_artifact
 
+    if profile and is_simulated(artifact):
+        rows = profile_accelerated(artifact)
+        if as_json:
+            print_json(rows)
+        else:
+            shown = [(row["layer"], row["kernel"], f"{row['ms']:.4f}", row["how"]) for row in rows]
+            print_table(("layer", "kernel", "ms", "how"), shown)
+        return
     if profile:
         profiled = profile_artifact(artifact, threads, seconds)
         if as_json:

@@ -20,13 +20,14 @@ class Call(Settings):
         function: its name in the library.
         kernel: what it does, such as "winograd 4", "sparse", or the operators in it.
         layer: key of the layer whose candidates it was chosen from; empty where there was no choice.
-        layout: of what it makes: "blocked", "regions" or "plain".
+        layout: of what it makes: "blocked", "regions" or "plain"; "int8" where an accelerator makes it.
         macs: multiply-adds that the layer takes by definition, zeros included; 0 where they are not counted.
         work: multiply-adds that this kernel does for them.
         density: share of the layer's weights that are not zero; 1 where there are none.
         instead: of a layer that could be dense or sparse, how many times as long the other would have taken.
         bytes: of everything it reads and writes, each once.
         weight_bytes: the constants among them.
+        cycles: that an accelerator takes for it; 0 for what a processor computes.
     """
 
     function: str
@@ -39,6 +40,12 @@ class Call(Settings):
     instead: str
     bytes: int
     weight_bytes: int
+    cycles: int = 0
+
+    @property
+    def accelerated(self) -> bool:
+        """Is it an accelerator's?"""
+        return self.layout == "int8"
 
 
 class Kernels(Settings):

@@ -19,7 +19,7 @@ from targets.accelerator.design import Design
 from targets.accelerator.network import Executable, compile_networks
 from targets.accelerator.partition import Partition, partition
 from targets.account import Call, Kernels, account
-from targets.base import Artifact, BuildPlan, Program, Runner
+from targets.base import Artifact, BuildPlan, Program
 from targets.choice import Choices
 from targets.errors import TargetError
 from targets.kind import require_kind
@@ -118,7 +118,7 @@ class FpgaTarget:
             artifacts.seal(folder, plan, signature(plan.program), answers(plan.program), extra, about)
         return artifacts.read(directory)
 
-    def load(self, artifact: Artifact, threads: int) -> Runner:
+    def load(self, artifact: Artifact, threads: int) -> VirtualMachineRunner:
         """Verify the artifact, prove its programs, and run them on the simulator; `threads` counts the host's.
 
         Raises:
@@ -155,6 +155,11 @@ def design_of(device: Device) -> Design:
 
 
 def clock_of(device: Device) -> Clock:
-    """The accelerator's clock there."""
-    assert device.clock is not None, "the profile of an fpga has one"
+    """The accelerator's clock there.
+
+    Raises:
+        TargetError: the device is no fpga.
+    """
+    if device.clock is None:
+        raise TargetError(f"'{device.name}' is a {device.kind} device, which has no accelerator with a clock.")
     return device.clock

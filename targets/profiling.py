@@ -13,6 +13,7 @@ from targets.base import Array, Artifact
 from targets.cpu import CpuTarget
 from targets.errors import TargetError
 from targets.peak import Peak, peak
+from targets.runner import VirtualMachineRunner
 
 _LEAST_RUNS = 20
 _IDLE = "vm.builtin.null_value"
@@ -62,6 +63,13 @@ def kernels(built: Artifact) -> Kernels:
         return Kernels.model_validate_json(file.read_bytes())
     except ValidationError as error:
         raise TargetError("\n".join(faults(error, Kernels, f"'{file}'"))) from error
+
+
+def host_seconds(built: Artifact, runner: VirtualMachineRunner, inputs: tuple[Array, ...]) -> list[float]:
+    """Median seconds of each kernel of an accelerator's host on this machine, in the order of `kernels.json`."""
+    listed = [call.function for call in kernels(built).calls if not call.accelerated]
+    runs = [[seconds for name, seconds in runner.calls(*inputs) if name in listed] for _ in range(_LEAST_RUNS)]
+    return [statistics.median(times) for times in zip(*runs, strict=True)]
 
 
 def profile(built: Artifact, inputs: tuple[Array, ...], threads: int, seconds: float) -> Profile:

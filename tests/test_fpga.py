@@ -90,9 +90,9 @@ def test_the_cycles_of_layers_are_those_of_their_runs(built: Artifact) -> None:
     calls = json.loads((built.directory / artifacts.KERNELS).read_text())["calls"]
     cycles: dict[str, int] = {}
     for call in calls:
-        if call["kernel"].startswith("accelerator: "):
-            spent = int(call["kernel"].split()[1].replace(",", ""))
-            cycles[call["function"]] = cycles.get(call["function"], 0) + spent
+        if call["cycles"]:
+            assert call["kernel"].startswith(f"accelerator: {call['cycles']:,} cycles")
+            cycles[call["function"]] = cycles.get(call["function"], 0) + call["cycles"]
     runs = package.opened(built.directory)
     assert 0 <= sum(run.cycles() for run in runs) - sum(cycles.values()) < 8 * len(runs)  # the last tokens
     simulated = FpgaTarget().simulated(built)
@@ -118,6 +118,15 @@ def test_bench_says_what_the_simulator_says(built: Artifact) -> None:
     said = compress("bench", built.directory)
     assert said.exit_code == 0 and "cycles of the accelerator at 82 MHz" in said.stdout
     assert said.stdout.rstrip().endswith("not measured")
+
+
+def test_a_profile_has_the_accelerators_layers_and_the_hosts_kernels(built: Artifact) -> None:
+    rows = json.loads(compress("bench", built.directory, "--profile", "--json").stdout)
+    calls = json.loads((built.directory / artifacts.KERNELS).read_text())["calls"]
+    assert [row["kernel"] for row in rows] == [call["kernel"] for call in calls]
+    for row, call in zip(rows, calls, strict=True):
+        assert row["ms"] == pytest.approx(call["cycles"] / 82.0 / 1e3) if call["cycles"] else row["ms"] > 0
+        assert row["how"] == ("RTL simulation, place-and-route" if call["cycles"] else "measured here")
 
 
 def test_a_guessed_clock_makes_an_estimate(built: Artifact) -> None:

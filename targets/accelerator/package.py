@@ -206,7 +206,7 @@ def account(network: Network, built: Executable, function: str) -> Iterator[Call
             layer=f"{_named(node.layer)}: {' to '.join(shapes)}", layout="int8", macs=macs, work=macs,
             density=float((weights != 0).mean()) if weights.size else 1.0, instead="",
             bytes=sum(int(np.prod(network.values[name].shape)) for name in (*node.reads, node.result)) + weights.size,
-            weight_bytes=weights.size,
+            weight_bytes=weights.size, cycles=cycles,
         )  # fmt: skip
         before = until
 

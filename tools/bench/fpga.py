@@ -1,21 +1,24 @@
-"""DroNet in int8 on the accelerator's 16 x 8 array: bits, cycles, and what sparsity saves. No board is needed.
+"""DroNet and scenes in int8 on the accelerator's 16 x 8 array: bits, cycles, what sparsity saves. No board is needed.
 
     python tools/bench/fpga.py [--json FILE] [--quick]
 
 Bits and cycles are compared on three levels: layers in numpy, programs in the instruction-level simulator, and the
 circuit under Verilator, which takes a minute to build the first time. Cycles are of a memory that answers after 20, and
-all are counted. Cut and sparse networks are not trained here: cycles do not depend on that. --quick runs 8 frames.
+all are counted. Cut and sparse networks are not trained here: cycles do not depend on that. Scenes is an artifact of
+the fpga target, with its host's part. --quick runs 8 frames.
 """
 
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from rows import Row, finish, options
 
 from compressor import compute, pipeline, recipe
 from compressor.bench import Bench
-from compressor.export import to_program
+from compressor.deploy import real_inputs
+from compressor.export import run, session, to_program
 from compressor.model import MultiTaskModel
 from compressor.pathway import extract
 from compressor.pipeline import Job
@@ -24,14 +27,19 @@ from compressor.stages.prune import Prune
 from compressor.stages.quantize import Quantize
 from compressor.stages.ticket import Ticket
 from compressor.training import Training
-from targets.accelerator import simulator
+from profiles.device import load
+from targets.accelerator import package, simulator
 from targets.accelerator.circuit import verilated
 from targets.accelerator.design import Design
 from targets.accelerator.network import Executable, Network, compile_network
 from targets.accelerator.reading import read
+from targets.base import Program
+from targets.fpga import FpgaTarget
 from targets.lower import lower
+from targets.profiling import kernels
 
-RECIPE = Path(__file__).parent / "recipes" / "dronet-channels.toml"
+RECIPES = Path(__file__).parent / "recipes"
+DEVICE = "ecp5-85k"
 DESIGN, RTL_FRAMES = Design(), 3
 CUT = Prune(kind="prune", macs=0.3, parameters=0.25, rounds=1, batches=2, criterion="magnitude", slack=1e9)
 SPARSE = Ticket(
@@ -39,12 +47,16 @@ SPARSE = Ticket(
 )
 
 
-def integers(model: MultiTaskModel, bench: Bench) -> Network:
-    """The model in int8 as integer layers."""
+def in_int8(model: MultiTaskModel, bench: Bench) -> Program:
+    """The model, quantized, all tasks together."""
     found = Quantize(kind="quantize", most_kept=0.0, slack=1e9).run(model, bench)
-    program = to_program(extract(found, [task.name for task in found.tasks]), found.inputs)[1]
-    (found,) = read(lower(program, integers=True)["main"]).networks
-    return found
+    return to_program(extract(found, [task.name for task in found.tasks]), found.inputs)[1]
+
+
+def integers(model: MultiTaskModel, bench: Bench) -> Network:
+    """The model in int8 as integer layers, of which one run computes all."""
+    (network,) = read(lower(in_int8(model, bench), integers=True)["main"]).networks
+    return network
 
 
 def frames(bench: Bench, network: Network, count: int | None) -> list[np.ndarray]:
@@ -89,7 +101,7 @@ def circuit(built: Executable, name: str, inputs: list[np.ndarray]) -> tuple[int
     return wrong, off, max(seconds), float(np.median(seconds)) / model
 
 
-def rows_of(job: Job, count: int | None) -> list[Row]:
+def dronet(job: Job, count: int | None) -> list[Row]:
     bench, rows = job.bench, list[Row]()
 
     def row(case: str, value: float, goal: float | None, *, most: bool = True) -> None:
@@ -110,22 +122,50 @@ def rows_of(job: Job, count: int | None) -> list[Row]:
     row("times the cycle model is faster than RTL", faster, 1000, most=False)
     cut = CUT.run(job.model, bench)
     for case, model, goal in (
-        ("cut to 30 % of the multiply-adds", cut, 2.5), ("80 % of the weights in empty tiles", job.model, 3.0),
-        ("both", cut, None),
-    ):  # fmt: skip
-        chosen = model if "cut" in case else SPARSE.run(model, bench)
-        cycles = simulator.timing(compile_network(integers(chosen, bench), DESIGN).program, DESIGN).cycles
+        ("cut to 30 % of the multiply-adds", cut, 2.5),
+        ("80 % of the weights in empty tiles", SPARSE.run(job.model, bench), 3.0),
+        ("both", SPARSE.run(cut, bench), None),
+    ):
+        cycles = simulator.timing(compile_network(integers(model, bench), DESIGN).program, DESIGN).cycles
         row(f"times fewer cycles: {case}", dense / cycles, goal, most=False)
     return rows
 
 
+def scenes(job: Job, count: int | None) -> list[Row]:
+    """All tasks as one artifact: its runs, how full the array is, and how far its answers are from ONNX Runtime's."""
+    program, target = in_int8(job.model, job.bench), FpgaTarget()
+    plan = target.plan(program, load(DEVICE))
+    with TemporaryDirectory() as folder:
+        built = target.build(plan, Path(folder) / "artifact", {}, {})
+        runner, runs = target.load(built, threads=1), package.opened(built.directory)
+        calls = kernels(built).calls
+        peer, gap = session(program.model, optimised=False), 0.0
+        for inputs in real_inputs(job.model, job.bench, 8 if count else 64):
+            arrays = tuple(x.numpy() for x in inputs)
+            answers = runner(*arrays)
+            for task, wanted in run(peer, arrays).items():
+                gap = max(gap, float(np.abs(answers[task] - wanted).max() / np.abs(wanted).max()))
+    cycles = sum(one.cycles() for one in runs)
+    macs = sum(call.macs for call in calls if call.accelerated)
+    left = sum(call.macs for call in calls if not call.accelerated)
+    return [
+        Row("cycles of a frame", "scenes", "", 0, cycles, None, most=True),
+        Row("runs of the accelerator", "scenes", "", 0, len(runs), None, most=True),
+        Row("utilisation of the array", "scenes", "", 0, macs / DESIGN.multipliers / cycles, 0.75, most=False),
+        Row("multiply-adds left to the host", "scenes", "", 0, left / (macs + left), None, most=True),
+        Row("largest difference, of the largest answer", "scenes", "ONNX Runtime", 0, gap, 0.03, most=True),
+    ]
+
+
 def main() -> None:
-    given = options(__doc__).parse_args()
-    loaded, base = recipe.load(RECIPE)
-    job = pipeline.prepare(loaded, base, Reporter(), builds=False)
-    with compute.threads(loaded.compute_threads):
-        job.bench.before = job.bench.scores(job.model)
-        finish(rows_of(job, 8 if given.quick else None), given.json)
+    given, rows = options(__doc__).parse_args(), list[Row]()
+    for name, rows_of in (("dronet-channels", dronet), ("scenes-channels", scenes)):
+        loaded, base = recipe.load(RECIPES / f"{name}.toml")
+        job = pipeline.prepare(loaded, base, Reporter(), builds=False)
+        with compute.threads(loaded.compute_threads):
+            job.bench.before = job.bench.scores(job.model)
+            rows += rows_of(job, 8 if given.quick else None)
+    finish(rows, given.json)
 
 
 if __name__ == "__main__":
