@@ -160,7 +160,7 @@ def scenes(job: Job, count: int | None) -> list[Row]:
 def main() -> None:
     given, rows = options(__doc__).parse_args(), list[Row]()
     for name, rows_of in (("dronet-channels", dronet), ("scenes-channels", scenes)):
-        loaded, base = recipe.load(RECIPES / f"{name}.toml")
+        loaded, base = recipe.load(RECIPES / f"{name}.toml", ["target=fpga", f"device={DEVICE}"])
         job = pipeline.prepare(loaded, base, Reporter(), builds=False)
         with compute.threads(loaded.compute_threads):
             job.bench.before = job.bench.scores(job.model)
