@@ -19,6 +19,7 @@ from compressor import compute, pipeline, recipe
 from compressor.bench import Bench
 from compressor.deploy import real_inputs
 from compressor.export import run, session, to_program
+from compressor.macs import count_macs
 from compressor.model import MultiTaskModel
 from compressor.pathway import extract
 from compressor.pipeline import Job
@@ -26,6 +27,7 @@ from compressor.progress import Reporter
 from compressor.stages.prune import Prune
 from compressor.stages.quantize import Quantize
 from compressor.stages.ticket import Ticket
+from compressor.trace import trace
 from compressor.training import Training
 from profiles.device import load
 from targets.accelerator import package, simulator
@@ -147,12 +149,12 @@ def scenes(job: Job, count: int | None) -> list[Row]:
                 gap = max(gap, float(np.abs(answers[task] - wanted).max() / np.abs(wanted).max()))
     cycles = sum(one.cycles() for one in runs)
     macs = sum(call.macs for call in calls if call.accelerated)
-    left = sum(call.macs for call in calls if not call.accelerated)
+    whole = count_macs(trace(job.model))[0]
     return [
         Row("cycles of a frame", "scenes", "", 0, cycles, None, most=True),
         Row("runs of the accelerator", "scenes", "", 0, len(runs), None, most=True),
         Row("utilisation of the array", "scenes", "", 0, macs / DESIGN.multipliers / cycles, 0.75, most=False),
-        Row("multiply-adds left to the host", "scenes", "", 0, left / (macs + left), None, most=True),
+        Row("multiply-adds left to the host", "scenes", "", 0, 1 - macs / whole, None, most=True),
         Row("largest difference, of the largest answer", "scenes", "ONNX Runtime", 0, gap, 0.03, most=True),
     ]
 
