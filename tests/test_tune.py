@@ -219,7 +219,9 @@ def test_the_verbs(built: Artifact, quick: list[str]) -> None:
     assert found["sum_ms"] == pytest.approx(sum(row["ms"] for row in found["calls"]) + found["between_ms"])
     shown = run(options).stdout
     assert "of what is possible" in shown and "sum / whole" in shown
-    assert len([line for line in shown.splitlines() if line.startswith("winograd")]) == 2
+    assert {row["after"].split()[0] for row in tuned} <= {row["kernel"].split()[0] for row in found["calls"]}
+    for row, line in zip(found["calls"], shown.splitlines()[1:], strict=False):
+        assert line.startswith(row["kernel"])
 
 
 def test_tuning_a_recipe_writes_its_records_and_builds_with_them(tmp_path: Path, quick: list[str]) -> None:
