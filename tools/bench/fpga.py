@@ -164,8 +164,8 @@ def main() -> None:
     for name, rows_of in (("dronet-channels", dronet), ("scenes-channels", scenes)):
         loaded, base = recipe.load(RECIPES / f"{name}.toml", ["target=fpga", f"device={DEVICE}"])
         job = pipeline.prepare(loaded, base, Reporter(), builds=False)
-        with compute.threads(loaded.compute_threads):
-            job.bench.before = job.bench.scores(job.model)
+        with compute.threads(loaded.compute_threads), TemporaryDirectory() as scratch:
+            job.bench.before, job.bench.directory = job.bench.scores(job.model), Path(scratch)
             rows += rows_of(job, 8 if given.quick else None)
     finish(rows, given.json)
 
