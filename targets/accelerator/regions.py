@@ -1,5 +1,6 @@
-"""Which rows and words an instruction reads and writes; (buffer, int64 array) pairs in the order of its entries."""
+"""Which rows and words an instruction reads and writes."""
 
+from dataclasses import dataclass
 from enum import Enum
 from typing import assert_never
 
@@ -9,7 +10,24 @@ from numpy.typing import NDArray
 from targets.accelerator.design import Design
 from targets.accelerator.isa import Gemm, Instruction, Load, Memory, Post, Source, Store
 
-Rows = NDArray[np.int64]
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a buffer: loops of so many turns with a step each, one inside the other, from the first row on."""
+
+    first: int
+    loops: tuple[tuple[int, int], ...]
+
+    @property
+    def last(self) -> int:
+        return self.first + sum((turns - 1) * step for turns, step in self.loops)
+
+    def of(self, table: NDArray[np.int32]) -> NDArray[np.int32]:
+        """A view (kinds, turns, ...) of what a table (kinds, rows) has of them."""
+        each = table.itemsize
+        shape = table.shape[0], *(turns for turns, _ in self.loops)
+        strides = table.strides[0], *(step * each for _, step in self.loops)
+        return np.ndarray(shape, table.dtype, table.data, self.first * each, strides)
 
 
 class Buffer(Enum):
@@ -42,57 +60,26 @@ def sizes(design: Design) -> dict[Buffer, int]:
     }  # fmt: skip
 
 
-def words_of_entry(one: Load | Store, design: Design) -> int:
-    """Bus words of one entry."""
-    return design.lanes if isinstance(one, Load) and one.memory is Memory.PARAMETERS else design.block_words
-
-
-def words(one: Load | Store, design: Design) -> Rows:
-    """Addresses (ny, nx, words of an entry)."""
-    each = words_of_entry(one, design)
-    return one.address + (
-        one.stride * np.arange(one.ny)[:, None, None]
-        + each * np.arange(one.nx)[None, :, None]
-        + np.arange(each)[None, None, :]
-    )
-
-
-def filled(one: Load) -> Rows:
-    """Rows (lines, entries of a line) that LOAD writes, its frame included."""
-    lines, entries = one.top + one.ny + one.bottom, one.left + one.nx + one.right
-    return one.row + np.arange(lines * entries).reshape(lines, entries)
-
-
-def pixels(one: Gemm) -> Rows:
-    """Rows of inputs, one for each pixel."""
-    return (one.row + one.step_y * np.arange(one.ny)[:, None] + one.step_x * np.arange(one.nx)).reshape(-1)
-
-
-def windows(one: Post) -> Rows:
-    """Rows (results, rows of a window), from a buffer's first on."""
-    first = one.step_y * np.arange(one.ny)[:, None] + one.step_x * np.arange(one.nx)
-    within = one.line * np.arange(one.window_y)[:, None] + np.arange(one.window_x)
-    return first.reshape(-1, 1) + within.reshape(1, -1)
-
-
 def reads(one: Instruction, design: Design) -> list[tuple[Buffer, Rows]]:
     """What it reads, by buffer."""
     match one:
         case Load():
-            return [(Buffer.MEMORY, words(one, design))]
+            return [(Buffer.MEMORY, _words(one, design))]
         case Gemm():
-            blocks = pixels(one)[:, None] * design.blocks + np.arange(design.blocks)
-            found = [(Buffer.INPUTS, blocks), (Buffer.WEIGHTS, one.weights + np.arange(design.rows))]
-            return found if one.clear else [*found, (BANKS[one.bank], _summed(one))]
+            blocks = design.blocks
+            pixels = (one.ny, one.step_y * blocks), (one.nx, one.step_x * blocks), (blocks, 1)
+            found = [(Buffer.INPUTS, Rows(one.row * blocks, pixels)), (Buffer.WEIGHTS, _line(one.weights, design.rows))]
+            return found if one.clear else [*found, writes(one, design)]
         case Post():
-            found = [(Buffer.PARAMETERS, one.parameters + np.arange(design.parameter_block))]
+            windows = (one.ny, one.step_y), (one.nx, one.step_x), (one.window_y, one.line), (one.window_x, 1)
+            found = [(Buffer.PARAMETERS, _line(one.parameters, design.parameter_block))]
             if one.source is Source.ACCUMULATORS:
-                found.append((BANKS[one.bank], one.row + windows(one)))
+                found.append((BANKS[one.bank], Rows(one.row, windows)))
             if one.source is Source.SIDE or one.add:
-                found.append((Buffer.SIDE, one.side + windows(one)))
+                found.append((Buffer.SIDE, Rows(one.side, windows)))
             return found
         case Store():
-            return [(Buffer.OUTPUTS, one.row + np.arange(one.ny * one.nx))]
+            return [(Buffer.OUTPUTS, _line(one.row, one.ny * one.nx))]
         case _:
             assert_never(one)
 
@@ -100,19 +87,26 @@ def reads(one: Instruction, design: Design) -> list[tuple[Buffer, Rows]]:
 def writes(one: Instruction, design: Design) -> tuple[Buffer, Rows]:
     """What it writes."""
     match one:
-        case Load(memory=Memory.INPUTS):
-            return Buffer.INPUTS, filled(one) * design.blocks + one.lane
         case Load():
-            return FILLED[one.memory], filled(one)
+            entries = (one.top + one.ny + one.bottom) * (one.left + one.nx + one.right)
+            if one.memory is Memory.INPUTS:
+                return Buffer.INPUTS, Rows(one.row * design.blocks + one.lane, ((entries, design.blocks),))
+            return FILLED[one.memory], _line(one.row, entries)
         case Gemm():
-            return BANKS[one.bank], _summed(one)
+            return BANKS[one.bank], _line(one.row_out, one.ny * one.nx)
         case Post():
-            return Buffer.OUTPUTS, one.row_out + np.arange(one.ny * one.nx)
+            return Buffer.OUTPUTS, _line(one.row_out, one.ny * one.nx)
         case Store():
-            return Buffer.MEMORY, words(one, design)
+            return Buffer.MEMORY, _words(one, design)
         case _:
             assert_never(one)
 
 
-def _summed(one: Gemm) -> Rows:
-    return one.row_out + np.arange(one.ny * one.nx)
+def _line(first: int, count: int) -> Rows:
+    return Rows(first, ((count, 1),))
+
+
+def _words(one: Load | Store, design: Design) -> Rows:
+    """Addresses of its lines."""
+    parameters = isinstance(one, Load) and one.memory is Memory.PARAMETERS
+    return Rows(one.address, ((one.ny, one.stride), (one.nx * (design.lanes if parameters else design.block_words), 1)))

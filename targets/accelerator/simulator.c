@@ -147,7 +147,7 @@ static void store(Machine *m, const Instruction *one, uint8_t *memory) {
 
 /* --- and when ---------------------------------------------------------------------------------------------------- */
 
-enum { BURST = 32, BURSTS = 4, AHEAD = 4, PICK = 4, WRITE = 23, DEEPEST = 64, TOKENS = 256 };
+enum { BURST = 32, BURSTS = 4, AHEAD = 4, PICK = 6, WRITE = 23, DEEPEST = 64, TOKENS = 256 };
 
 /* A buffered queue: when an item can be read, and when there is room for the next. */
 typedef struct {
@@ -172,12 +172,12 @@ typedef struct {
   int64_t word, asked, burst, come, popped, dispatched, freed[BURSTS], bursts;
   Queue queues[UNITS], ahead;
   Tokens tokens[UNITS][UNITS];
-  int64_t free[UNITS], idle[UNITS], written, arrived, multiplied;
+  int64_t free[UNITS], idle[UNITS], written, arrived, multiplied, read;
 } Clock;
 
 static void open_clock(Clock *k, const Design *d, int64_t latency) {
   memset(k, 0, sizeof *k);
-  k->d = *d, k->latency = latency, k->depth = 4, k->ahead.depth = AHEAD, k->ahead.popped = -1;
+  k->d = *d, k->latency = latency, k->depth = 5, k->ahead.depth = AHEAD, k->ahead.popped = -1;
   for (int64_t rows = 1; rows < d->rows; rows *= 2) k->depth++;
   for (int unit = 0; unit < UNITS; unit++) k->queues[unit].depth = d->queue, k->queues[unit].popped = -1;
 }
@@ -218,8 +218,8 @@ static int64_t loaded(Clock *k, const Instruction *one, int64_t begun) {
   return k->written + 1;
 }
 
-static int64_t multiplied(Clock *k, const Instruction *one, int64_t begun) {
-  const int64_t swap = largest(begun + k->d.rows + 3, k->multiplied);
+static int64_t multiplied(Clock *k, const Instruction *one, int64_t begun, int64_t bank) {
+  const int64_t swap = largest(begun + k->d.rows + 3, largest(k->multiplied, bank + 1));
   k->multiplied = swap + FIELD(one, GEMM_NY) * FIELD(one, GEMM_NX), k->free[GEMM] = swap + 1;
   k->idle[GEMM] = k->multiplied + k->depth + 2;
   return k->multiplied + k->depth + 1;
@@ -228,8 +228,8 @@ static int64_t multiplied(Clock *k, const Instruction *one, int64_t begun) {
 static int64_t requantized(Clock *k, const Instruction *one, int64_t begun) {
   const int64_t groups = k->d.columns / k->d.lanes, area = FIELD(one, POST_WINDOW_Y) * FIELD(one, POST_WINDOW_X);
   const int64_t last = begun + 2 + (FIELD(one, POST_NY) * FIELD(one, POST_NX) - 1) * largest(groups, area) + area - 1;
-  const int64_t done = last + PICK + groups - 1 + WRITE + 1;
-  k->free[POST] = k->idle[POST] = done + 1;
+  const int64_t end = last + PICK + groups - 1, done = end + WRITE + 1;
+  k->free[POST] = end + 1, k->idle[POST] = done + 1, k->read = last + 1;
   return done;
 }
 
@@ -246,22 +246,24 @@ static int tick(Clock *k, const Instruction *one, int64_t *begun, int64_t *done)
   const int64_t waits = FIELD(one, LOAD_WAITS), signals = FIELD(one, LOAD_SIGNALS);
   Queue *q = &k->queues[unit];
   int64_t ready = enqueue(q, dispatch(k, room(q)));
+  int64_t bank = 0;
   ready = largest(ready, largest(k->free[unit], q->popped + 1));
   for (int giver = 0; giver < UNITS; giver++)
     if (waits >> giver & 1) {
       Tokens *t = &k->tokens[giver][unit];
       if (t->taken == t->given) return -1;
-      ready = largest(ready, t->at[t->taken++ % TOKENS]);
+      int64_t *until = unit == GEMM && giver == POST ? &bank : &ready;
+      *until = largest(*until, t->at[t->taken++ % TOKENS]);
     }
   *begun = q->popped = ready + 1;
   *done = unit == LOAD   ? loaded(k, one, *begun)
-          : unit == GEMM ? multiplied(k, one, *begun)
+          : unit == GEMM ? multiplied(k, one, *begun, bank)
           : unit == POST ? requantized(k, one, *begun)
                          : stored(k, one, *begun);
   for (int taker = 0; taker < UNITS; taker++)
     if (signals >> taker & 1) {
       Tokens *t = &k->tokens[unit][taker];
-      t->at[t->given++ % TOKENS] = *done + 1;
+      t->at[t->given++ % TOKENS] = (unit == POST && taker == GEMM ? k->read : *done) + 1;
     }
   return 0;
 }

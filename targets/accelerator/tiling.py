@@ -22,7 +22,7 @@ Steps = list[tuple[int, int, int]]
 LONGEST_LINE = 1023
 """Rows of a line that GEMM or POST steps over."""
 
-GEMM_SETUP, POST_SETUP, STORE_SETUP = 5, 35, 28
+GEMM_SETUP, POST_SETUP, STORE_SETUP = 5, 12, 28
 """Cycles that an instruction takes at least beyond what it moves."""
 
 

@@ -3,7 +3,8 @@
 A program answers the same whatever its units' timing when tokens order every two instructions of different units that
 touch the same row, one of them writing it; of accumulators the same bank, whose one way to be read two units share.
 Vector clocks tell (Mattern, "Virtual Time and Global States of Distributed Systems", 1989): each unit knows up to which
-instruction of each other unit all are done, and a token hands on what its giver knew when it was done.
+instruction of each other unit all are done, and a token hands on what its giver knew when it was done. But
+POST's tokens for GEMM are given when POST has read its sums, and taken when GEMM is to write some: they say no more.
 
 A program whose instructions each find their tokens given before them cannot stop for ever: units get instructions in
 the program's order, so the givers are on their way.
@@ -26,7 +27,13 @@ UNITS = (Unit.LOAD, Unit.GEMM, Unit.POST, Unit.STORE)
 LARGEST_COUNT = 63
 """Tokens that one unit may have given another that its instructions so far have not taken."""
 
+GEMM, POST = UNITS.index(Unit.GEMM), UNITS.index(Unit.POST)
+SUMS_READ = len(UNITS)
+"""The entry of a clock that counts POSTs of which all sums have been read; the others count what a unit has done."""
+EVENTS = len(UNITS) + 1
+
 Clock = NDArray[np.int32]
+"""For each unit, then for `SUMS_READ`, how many of its instructions are known to be so far; (..., EVENTS)."""
 
 _PAIRS = [(giver, taker) for giver in range(len(UNITS)) for taker in range(len(UNITS))]
 
@@ -50,9 +57,9 @@ def synchronised(program: Iterable[Instruction], design: Design, words: int) -> 
         with _At(position, one):
             needed = state.conflicts(unit, one)
         waits = Unit.NONE
-        for giver in map(int, np.argsort(-needed)):  # what one token brings may spare another
-            number = int(needed[giver])
-            if giver == unit or number <= state.known[unit, giver]:
+        for event in map(int, np.argsort(-needed)):  # what one token brings may spare another
+            number, giver = int(needed[event]), _giver(event)
+            if number <= state.known[unit, event]:
                 continue
             takers = taken[giver, unit]
             if len(takers) - bisect(takers, at[giver][number - 1]) >= LARGEST_COUNT:
@@ -61,7 +68,7 @@ def synchronised(program: Iterable[Instruction], design: Design, words: int) -> 
             source = at[giver][number - 1]
             found[source] = replace(found[source], signals=found[source].signals | UNITS[unit])
             waits |= UNITS[giver]
-            state.known[unit] = np.maximum(state.known[unit], given[giver][number - 1])
+            state.learn(unit, giver, given[giver][number - 1])
         state.done(unit, one)
         at[unit].append(position)
         given[unit].append(state.known[unit].copy())
@@ -92,10 +99,10 @@ def check(program: Sequence[Instruction], design: Design, words: int) -> None:
                     continue
                 if not queues[giver, unit]:
                     raise ProgramError(f"it waits for a token that {name.name} has not given before it")
-                state.known[unit] = np.maximum(state.known[unit], queues[giver, unit].popleft())
+                state.learn(unit, giver, queues[giver, unit].popleft())
             needed = state.conflicts(unit, one)
             if (missing := needed > state.known[unit]).any():
-                other = UNITS[int(missing.argmax())].name
+                other = UNITS[_giver(int(missing.argmax()))].name
                 raise ProgramError(f"no token orders it after an instruction of {other} that touches the same rows")
             if isinstance(one, Gemm):
                 _check_sums(before[one.bank], one)
@@ -122,46 +129,64 @@ def _check_sums(before: Gemm | None, one: Gemm) -> None:
 
 
 class _State:
-    """Which instruction of each unit touched each row last, and which each unit knows to be done; both count from 1."""
+    """Which instruction of each unit touched each row last, and which each unit knows to be done; both count from 1.
+
+    Attributes:
+        known: the clock of each unit.
+    """
 
     def __init__(self, design: Design, words: int) -> None:
         self.design = design
         self.sizes = sizes(design) | {Buffer.MEMORY: words}
         self._read, self._written = (
-            {buffer: np.zeros((len(UNITS), size), np.int32) for buffer, size in self.sizes.items()} for _ in range(2)
+            {buffer: np.zeros((EVENTS, size), np.int32) for buffer, size in self.sizes.items()} for _ in range(2)
         )
-        self.known = np.zeros((len(UNITS), len(UNITS)), np.int32)
+        self.known = np.zeros((len(UNITS), EVENTS), np.int32)
+
+    def learn(self, unit: int, giver: int, clock: Clock) -> None:
+        """Take a token over, with the clock that its giver had once its instruction was done."""
+        if (giver, unit) == (POST, GEMM):
+            clock = np.where(np.arange(EVENTS) == SUMS_READ, clock, 0)
+        self.known[unit] = np.maximum(self.known[unit], clock)
 
     def conflicts(self, unit: int, one: Instruction) -> Clock:
-        """For each unit, the last of its instructions that has to be done before this one."""
-        needed = np.zeros(len(UNITS), np.int32)
+        """The clock that a unit must have reached before this instruction of it."""
+        needed = np.zeros(EVENTS, np.int32)
         for buffer, rows in reads(one, self.design):
             needed = np.maximum(needed, self._last(self._written, buffer, rows))
         buffer, rows = writes(one, self.design)
         for earlier in (self._written, self._read):
             needed = np.maximum(needed, self._last(earlier, buffer, rows))
-        needed[unit] = 0
+        needed[[event for event in range(EVENTS) if _giver(event) == unit]] = 0
         return needed
 
     def done(self, unit: int, one: Instruction) -> None:
         """Mark what it touches as touched by this unit's next instruction."""
         self.known[unit, unit] += 1
+        if unit == POST:
+            self.known[unit, SUMS_READ] += 1
         for buffer, rows in reads(one, self.design):
-            self._read[buffer][unit, _shared(buffer, rows)] = self.known[unit, unit]
+            event = SUMS_READ if unit == POST and buffer in BANKS else unit
+            _shared(buffer, rows).of(self._read[buffer])[event] = self.known[unit, unit]
         buffer, rows = writes(one, self.design)
-        self._written[buffer][unit, _shared(buffer, rows)] = self.known[unit, unit]
+        _shared(buffer, rows).of(self._written[buffer])[unit] = self.known[unit, unit]
 
     def _last(self, earlier: dict[Buffer, Clock], buffer: Buffer, rows: Rows) -> Clock:
-        rows = rows.reshape(-1)
-        if rows.size and not 0 <= rows.min() <= rows.max() < self.sizes[buffer]:
+        if rows.last >= self.sizes[buffer]:
             size = self.sizes[buffer]
-            raise ProgramError(f"it goes to row {rows.max()} of the {buffer.value} buffer, which has {size}")
-        return np.asarray(earlier[buffer][:, _shared(buffer, rows)].max(1, initial=0), np.int32)
+            raise ProgramError(f"it goes to row {rows.last} of the {buffer.value} buffer, which has {size}")
+        found = _shared(buffer, rows).of(earlier[buffer])
+        return np.asarray(found.max(tuple(range(1, found.ndim)), initial=0), np.int32)
+
+
+def _giver(event: int) -> int:
+    """The unit whose instructions an entry of a clock counts."""
+    return POST if event == SUMS_READ else event
 
 
 def _shared(buffer: Buffer, rows: Rows) -> Rows:
     """What other units must not touch at the same time as these rows: a whole bank counts as one."""
-    return np.zeros(1, np.int64) if buffer in BANKS else rows.reshape(-1)
+    return Rows(0, ((1, 1),)) if buffer in BANKS else rows
 
 
 class _At:

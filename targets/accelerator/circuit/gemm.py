@@ -9,14 +9,16 @@ from amaranth.lib.wiring import In, Out
 from targets.accelerator.circuit.multiplier import Kind, Multiplier
 from targets.accelerator.circuit.parts import Countdown, Front, delayed, fields, lanes, signal
 from targets.accelerator.design import Design
-from targets.accelerator.isa import BITS, Gemm
+from targets.accelerator.isa import BITS, Gemm, Unit
 
-PRODUCTS = 4
-"""Cycles from a row's address to its products: the buffer, a register, the multipliers' two."""
+PRODUCTS = 5
+"""Cycles from a row's address to its products: a register, the buffer, another register, the multipliers' two."""
 
 
 class GemmUnit(wiring.Component):
-    """Tokens are given when the last sums lie in their bank.
+    """POST's token, which says that a bank may be written, is taken when a tile is there; the others before it is read.
+
+    Tokens are given when the last sums lie in their bank.
 
     Buffers answer in the cycle after an address; `sums_*` are the two banks, of which one is read and written here.
     """
@@ -28,7 +30,7 @@ class GemmUnit(wiring.Component):
             "queue": In(stream.Signature(BITS)), "available": In(4), "take": Out(4), "give": Out(4), "busy": Out(1),
             "input_row": Out(14), "inputs": In(d.rows * 8), "weight_row": Out(14), "weights": In(d.columns * 8),
             "read_row": Out(10), "read_sums": In(d.columns * 32).array(2),
-            "write_row": Out(10), "write_bank": Out(1), "write": Out(1), "write_sums": Out(d.columns * 32),
+            "write_row": Out(10), "write": Out(1).array(2), "write_sums": Out(d.columns * 32),
         })  # fmt: skip
 
     @property
@@ -40,11 +42,16 @@ class GemmUnit(wiring.Component):
         m, at = Module(), self.depth + 1
         m.submodules.front = front = Front()
         wiring.connect(m, wiring.flipped(self.queue), front.queue)
-        m.d.comb += [front.available.eq(self.available), self.take.eq(front.take)]
         swap = Signal()
         held, ready, bits, shadow = self._fetch(m, front, swap)
-        now, running, row, row_out, last = self._run(m, swap, held & ready, bits)
-        sums = self._multiply(m, delayed(m, swap, 3, "swap")[3], shadow)
+        free, waits = Signal(), fields(Gemm, bits).waits & Unit.POST
+        m.d.sync += free.eq(~(waits & ~self.available).any())
+        m.d.comb += [
+            front.available.eq(self.available | Unit.POST),
+            self.take.eq(front.take & ~Unit.POST | waits & swap.replicate(4)),
+        ]  # fmt: skip
+        now, running, row, row_out, last = self._run(m, swap, held & ready & free, bits)
+        sums = self._multiply(m, delayed(m, swap, 4, "swap")[4], shadow)
         active, signals = delayed(m, running, at, "active"), Signal(4)
         with m.If(last):
             m.d.sync += signals.eq(now.signals)
@@ -52,8 +59,9 @@ class GemmUnit(wiring.Component):
             m, active, delayed(m, row_out, at, "row_out"), delayed(m, now.bank, at, "bank"),
             delayed(m, now.clear, at, "clear"), sums,
         )  # fmt: skip
+        m.d.sync += self.input_row.eq(row)
         m.d.comb += [
-            self.input_row.eq(row), self.give.eq(signals & delayed(m, last, at, "ending")[at].replicate(4)),
+            self.give.eq(signals & delayed(m, last, at, "ending")[at].replicate(4)),
             self.busy.eq(front.go | held | Cat(*active).any()),
         ]  # fmt: skip
         return m
@@ -81,11 +89,13 @@ class GemmUnit(wiring.Component):
             count.load(d.rows)
         weights = Signal(d.columns * 8)
         m.d.sync += weights.eq(self.weights)
-        come, numbers = delayed(m, reading, 2, "come"), delayed(m, number, 2, "number")
+        come, numbers = delayed(m, reading, 1, "come")[-1], delayed(m, number, 1, "number")[-1]
         done = delayed(m, reading & count.last, 2, "read")
         shadow = [[signal(8, f"shadow_{r}_{c}", sign=True) for c in range(d.columns)] for r in range(d.rows)]
         for r, registers in enumerate(shadow):
-            with m.If(come[2] & (numbers[2] == r)):
+            mine = Signal(name=f"row_{r}")
+            m.d.sync += mine.eq(come & (numbers == r))
+            with m.If(mine):
                 m.d.sync += [one.eq(part) for one, part in zip(registers, lanes(weights, 8), strict=True)]
         with m.If(front.go):
             m.d.sync += ready.eq(0)
@@ -132,7 +142,7 @@ class GemmUnit(wiring.Component):
             parts = []
             for r, x in enumerate(lanes(inputs, 8, sign=True)):
                 m.submodules[f"multiplier_{r}_{c}"] = one = Multiplier(self.kind, 8, 8)
-                m.d.comb += [one.a.eq(x), one.b.eq(shadow[r][c]), one.hold.eq(~take)]
+                m.d.comb += [one.a.eq(x), one.b.eq(shadow[r][c]), one.take.eq(take)]
                 parts.append(one.product)
             while len(parts) > 1:
                 level = []
@@ -151,11 +161,10 @@ class GemmUnit(wiring.Component):
         """Read what a bank holds in time for the sums, add, and write it back."""
         at, held = self.depth, [Signal(len(bank), name=f"held_{k}") for k, bank in enumerate(self.read_sums)]
         before = Signal(len(held[0]))
-        m.d.comb += self.read_row.eq(rows[at - 3])
+        m.d.comb += self.read_row.eq(rows[at - 4])
         m.d.sync += [register.eq(bank) for register, bank in zip(held, self.read_sums, strict=True)]
         m.d.sync += before.eq(Mux(clears[at - 1], 0, Mux(banks[at - 1], held[1], held[0])))
         totals = zip(lanes(self.write_sums, 32), lanes(before, 32, sign=True), sums, strict=True)
         m.d.sync += [total.eq(old + new) for total, old, new in totals]
-        m.d.comb += [
-            self.write_row.eq(rows[at + 1]), self.write_bank.eq(banks[at + 1]), self.write.eq(active[at + 1]),
-        ]  # fmt: skip
+        m.d.sync += [one.eq(active[at] & (banks[at] == bank)) for bank, one in enumerate(self.write)]
+        m.d.comb += self.write_row.eq(rows[at + 1])

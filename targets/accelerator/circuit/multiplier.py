@@ -11,18 +11,18 @@ Kind = Literal["plain", "ecp5"]
 
 
 class Multiplier(wiring.Component):
-    """`product` is `a * b` of two cycles ago; `b` is taken in only while `hold` is low."""
+    """`product` is `a * b` of two cycles ago; `b` is taken in only while `take` is high."""
 
     def __init__(self, kind: Kind, a: int, b: int) -> None:
         self.kind = kind
-        super().__init__({"a": In(signed(a)), "b": In(signed(b)), "hold": In(1), "product": Out(signed(a + b))})
+        super().__init__({"a": In(signed(a)), "b": In(signed(b)), "take": In(1, init=1), "product": Out(signed(a + b))})
 
     def elaborate(self, platform: object) -> Module:
         m = Module()
         if self.kind == "plain":
             a, b = Signal.like(self.a), Signal.like(self.b)
             m.d.sync += [a.eq(self.a), self.product.eq(a * b)]
-            with m.If(~self.hold):
+            with m.If(self.take):
                 m.d.sync += b.eq(self.b)
             return m
         whole = Signal(36)
@@ -34,7 +34,7 @@ class Multiplier(wiring.Component):
         ports: dict[str, Any] = {f"i_A{k}": a18[k] for k in range(18)} | {f"i_B{k}": b18[k] for k in range(18)}
         ports |= {f"o_P{k}": whole[k] for k in range(36)}
         m.submodules.dsp = Instance(
-            "MULT18X18D", i_CLK0=ClockSignal(), i_CE0=Const(1), i_CE1=~self.hold, i_RST0=Const(0),
+            "MULT18X18D", i_CLK0=ClockSignal(), i_CE0=Const(1), i_CE1=self.take, i_RST0=Const(0),
             i_SIGNEDA=Const(1), i_SIGNEDB=Const(1), i_SOURCEA=Const(0), i_SOURCEB=Const(0),
             p_REG_INPUTA_CLK="CLK0", p_REG_INPUTA_CE="CE0", p_REG_INPUTA_RST="RST0",
             p_REG_INPUTB_CLK="CLK0", p_REG_INPUTB_CE="CE1", p_REG_INPUTB_RST="RST0",

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from amaranth.hdl import Array, Cat, Const, Module, Mux, Shape, Signal, signed
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, signed
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
@@ -11,10 +11,10 @@ from targets.accelerator.circuit.multiplier import Kind, Multiplier
 from targets.accelerator.circuit.parts import Countdown, Front, delayed, fields, lanes
 from targets.accelerator.circuit.rounding import CYCLES, to_grid
 from targets.accelerator.design import Design
-from targets.accelerator.isa import BITS, Post, Reduce, Source
+from targets.accelerator.isa import BITS, Post, Reduce, Source, Unit
 from targets.accelerator.parameters import CHANNEL, FACTORS, GRIDS, Fields
 
-PICK = 4
+PICK = 6
 """Cycles from the last row of a window until the parameters of its first lanes are asked for."""
 STEP = 6
 """Cycles from there until a lane's product is complete."""
@@ -22,21 +22,28 @@ ADD = 4
 """Cycles from the first step's result until what the second rounds."""
 WRITE = STEP + CYCLES + ADD + CYCLES + 1
 """Cycles from asking for parameters until the result is written."""
-LATENCY = PICK + WRITE + 1
-"""Cycles from the last row of a window until the first of its results can be read."""
+GAP = PICK + 4
+"""Cycles that lie at least between an instruction's last part and the first of the next."""
+SCALE, SUM = STEP, STEP + CYCLES + 2
+"""Cycles from asking for its first parameters until the two steps follow an instruction's header, for `GAP` at least."""
+assert max(SUM - SCALE, STEP + CYCLES + 2 - SCALE, WRITE - SUM) <= GAP
 
 
 class PostUnit(wiring.Component):
-    """Tokens are given when the last result lies in the output buffer; the next instruction starts after that."""
+    """The next instruction starts when the last part of the last row is on its way.
+
+    GEMM gets its token when the last row has been read; the others get theirs when the last result lies in the output
+    buffer.
+    """
 
     def __init__(self, design: Design, kind: Kind) -> None:
         self.design, self.kind = design, kind
         d = design
         super().__init__({
             "queue": In(stream.Signature(BITS)), "available": In(4), "take": Out(4), "give": Out(4), "busy": Out(1),
-            "sums_row": Out(10), "sums_bank": Out(1), "reads_sums": Out(1), "sums": In(d.columns * 32).array(2),
+            "sums_row": Out(10), "reads_sums": Out(1).array(2), "sums": In(d.columns * 32).array(2),
             "side_row": Out(12), "side": In(d.columns * 8), "parameter_row": Out(10), "parameters": In(d.lanes * 64),
-            "write": Out(1), "write_row": Out(12), "write_part": Out(4), "write_lanes": Out(d.lanes * 8),
+            "write": Out(d.columns // d.lanes), "write_row": Out(12), "write_lanes": Out(d.lanes * 8),
         })  # fmt: skip
 
     def elaborate(self, platform: object) -> Module:
@@ -49,25 +56,30 @@ class PostUnit(wiring.Component):
         m.d.sync += starting.eq(front.go)
         with m.If(front.go):
             m.d.sync += [bits.eq(front.instruction), active.eq(1)]
-        first, fire, final = self._walk(m, now, starting)
-        part, valid, row, end = self._parts(m, now, starting, fire, final)
+        reading, first, fire, final = self._walk(m, now, starting)
+        fired = delayed(m, fire, PICK - 1, "fired")[-1]
+        part, valid, row, end = self._parts(m, now, starting, fired, final)
         rows = self._capture(m, now, first, fire)
-        grids, factors = self._header(m, now, starting, valid, part)
-        results = self._compute(m, now, rows, part, grids, factors)
-        done = delayed(m, end, WRITE + 1, "done")[WRITE + 1]
-        with m.If(done):
+        steps = self._header(m, now, starting, fired, valid)
+        results = self._compute(m, rows, part, *steps)
+        with m.If(end):
             m.d.sync += active.eq(0)
+        ends = delayed(m, end, WRITE + 1, "end")
+        signals = delayed(m, now.signals & end.replicate(4), WRITE + 1, "signals")[-1]
+        to_gemm = now.signals & delayed(m, final, 1, "read")[1].replicate(4) & Unit.GEMM
+        written = delayed(m, valid, WRITE - 1, "valid")[-1], delayed(m, part, WRITE - 1, "part")[-1]
         m.d.comb += [
-            self.give.eq(now.signals & done.replicate(4)), self.busy.eq(front.go | active),
-            self.reads_sums.eq(active & (now.source == Source.ACCUMULATORS)), self.sums_bank.eq(now.bank),
-            self.write.eq(delayed(m, valid, WRITE, "valid")[WRITE]), self.write_lanes.eq(Cat(*results)),
-            self.write_part.eq(delayed(m, part, WRITE, "part")[WRITE]),
+            self.give.eq(signals & ~Unit.GEMM | to_gemm),
+            self.busy.eq(front.go | active | Cat(*ends[1:]).any()), self.write_lanes.eq(Cat(*results)),
             self.write_row.eq(delayed(m, row, WRITE, "row")[WRITE]),
         ]  # fmt: skip
+        reads = reading & (now.source == Source.ACCUMULATORS)
+        m.d.sync += [one.eq(reads & (now.bank == bank)) for bank, one in enumerate(self.reads_sums)]
+        m.d.sync += [one.eq(written[0] & (written[1] == k)) for k, one in enumerate(self.write)]
         return m
 
-    def _walk(self, m: Module, now: Any, starting: Signal) -> tuple[Signal, Signal, Signal]:
-        """The rows of all windows; (a window's first row, its last, the last of all) are asked for in this cycle.
+    def _walk(self, m: Module, now: Any, starting: Signal) -> tuple[Signal, Signal, Signal, Signal]:
+        """The rows of all windows; (any, a window's first, its last, the last of all) are asked for two cycles on.
 
         A window of fewer rows than there are parts of a row takes as many cycles as those.
         """
@@ -85,8 +97,9 @@ class PostUnit(wiring.Component):
             fire.eq(running & ~idling & along.last & under.last), final.eq(fire & last),
             first.eq(running & ~idling & at_first),
             ahead.eq(Mux(idling, idle.last, fire & (missing == 0))),  # to the next window
-            self.side_row.eq(now.side + at), self.sums_row.eq(now.row + at),
         ]  # fmt: skip
+        side_row = Signal.like(self.side_row)
+        m.d.sync += [side_row.eq(now.side + at), self.side_row.eq(side_row), self.sums_row.eq(now.row + at)]
 
         def begin(row: Any) -> None:
             m.d.sync += [at.eq(row), window.eq(row), line.eq(row), at_first.eq(1)]
@@ -126,14 +139,14 @@ class PostUnit(wiring.Component):
                 with m.Else():
                     m.d.sync += at.eq(at + 1)
                     along.step()
-        return first, fire, final
+        return running, first, fire, final
 
     def _parts(
-        self, m: Module, now: Any, starting: Signal, fire: Signal, final: Signal
+        self, m: Module, now: Any, starting: Signal, fired: Signal, final: Signal
     ) -> tuple[Signal, Signal, Signal, Signal]:
         """Which part of a row is next, whether there is one, the row it goes to, and whether it is the very last."""
         groups = self.design.columns // self.design.lanes
-        fired, ended = delayed(m, fire, PICK - 1, "fired"), delayed(m, final, PICK - 1, "ended")
+        ended = delayed(m, final, PICK - 1, "ended")[-1]
         part, valid, row, ending = Signal(4), Signal(), Signal(12), Signal()
         last, end = Signal(), Signal()
         m.d.comb += [last.eq(part == groups - 1), end.eq(valid & last & ending)]
@@ -141,21 +154,21 @@ class PostUnit(wiring.Component):
             m.d.sync += row.eq(now.row_out)
         with m.Elif(valid & last):
             m.d.sync += row.eq(row + 1)
-        with m.If(fired[PICK - 1]):
-            m.d.sync += [valid.eq(1), part.eq(0), ending.eq(ended[PICK - 1])]
+        with m.If(fired):
+            m.d.sync += [valid.eq(1), part.eq(0), ending.eq(ended)]
         with m.Elif(valid):
             m.d.sync += [valid.eq(~last), part.eq(part + 1)]
         return part, valid, row, end
 
     def _capture(self, m: Module, now: Any, first: Signal, fire: Signal) -> tuple[Signal, Signal]:
-        """(int32 of all columns, int8 to be added to them) of a window, five cycles after its last row."""
+        """(int32 of all columns, int8 to be added to them) of a window, seven cycles after its last row."""
         d = self.design
         banks = [Signal(len(bank), name=f"bank_{k}") for k, bank in enumerate(self.sums)]
         side = Signal(d.columns * 8)
         m.d.sync += [register.eq(bank) for register, bank in zip(banks, self.sums, strict=True)]
         m.d.sync += side.eq(self.side)
         beside = delayed(m, side, 2, "beside")
-        opens, closes = delayed(m, first, 3, "opens")[3], delayed(m, fire, 4, "closes")[4]
+        opens, closes = delayed(m, first, 5, "opens")[5], delayed(m, fire, 6, "closes")[6]
         row, other, found = Signal(d.columns * 32), Signal(d.columns * 8), []
         sums = zip(lanes(banks[0], 32), lanes(banks[1], 32), lanes(side, 8), strict=True)
         for c, (zero, one, eight) in enumerate(sums):
@@ -170,20 +183,27 @@ class PostUnit(wiring.Component):
         return row, other
 
     def _header(
-        self, m: Module, now: Any, starting: Signal, valid: Signal, part: Signal
+        self, m: Module, now: Any, starting: Signal, fired: Signal, valid: Signal
     ) -> tuple[dict[str, Signal], dict[str, Signal]]:
-        """The parameters' rows: the header when an instruction starts, then those of each part."""
-        m.d.comb += self.parameter_row.eq(now.parameters + Mux(valid, part + 1, 0))
-        come = delayed(m, starting, 1, "header")[1]
-        found = tuple(_registers(places) for places in (GRIDS, FACTORS))
-        with m.If(come):
-            for k, (places, registers) in enumerate(zip((GRIDS, FACTORS), found, strict=True)):
-                m.d.sync += [registers[name].eq(one) for name, one in _parts_of(self.parameters[64 * k :], places)]
-        return found[0], found[1]
+        """The parameters' rows, the header first; what it says, for the first step and, later, for the second."""
+        with m.If(starting):
+            m.d.sync += self.parameter_row.eq(now.parameters)
+        with m.Elif(fired):
+            m.d.sync += self.parameter_row.eq(now.parameters + 1)
+        with m.Elif(valid):
+            m.d.sync += self.parameter_row.eq(self.parameter_row + 1)
+        opening = Signal()
+        m.d.sync += opening.eq(starting | (opening & ~valid))
+        words = {"add": now.add}
+        for k, places in enumerate((GRIDS, FACTORS)):
+            words |= dict(_parts_of(self.parameters[64 * k :], places))
+        moves = delayed(m, opening & valid, SUM - 1, "moves")
+        come = _held(m, delayed(m, starting, 2, "header")[-1], words, "come")
+        scale = _held(m, moves[SCALE - 1], come, "scale")
+        return scale, _held(m, moves[SUM - 1], scale, "sum")
 
     def _compute(
-        self, m: Module, now: Any, rows: tuple[Signal, Signal], part: Signal, grids: dict[str, Signal],
-        factors: dict[str, Signal],
+        self, m: Module, rows: tuple[Signal, Signal], part: Signal, first: dict[str, Any], second: dict[str, Any]
     ) -> list[Signal]:
         """Both steps, in each lane."""
         d, (row, other) = self.design, rows
@@ -199,11 +219,11 @@ class PostUnit(wiring.Component):
             words = dict(_parts_of(parameters[64 * q :], CHANNEL))
             value = lanes(values, 32, sign=True)[q]
             beside = delayed(m, lanes(others, 8, sign=True)[q], STEP - 2 + CYCLES, f"beside_{q}")[-1]
-            one = self._scaled(m, value, words, grids, q)
-            two = self._added(m, one, beside, grids, factors, q)
+            one = self._scaled(m, value, words, first, q)
+            two = self._added(m, one, beside, first, second, q)
             skipped = delayed(m, one, ADD + CYCLES, f"skipped_{q}")[-1]
             result = Signal(8, name=f"result_{q}")
-            m.d.sync += result.eq(Mux(now.add, two, skipped))
+            m.d.sync += result.eq(Mux(second["add"], two, skipped))
             found.append(result)
         return found
 
@@ -223,25 +243,29 @@ class PostUnit(wiring.Component):
         return to_grid(m, product, shift, grids["zero"], grids["low"], grids["high"], f"scaled_{q}")
 
     def _added(
-        self, m: Module, own: Signal, other: Any, grids: dict[str, Signal], factors: dict[str, Signal], q: int
+        self, m: Module, own: Signal, other: Any, first: dict[str, Any], second: dict[str, Any], q: int
     ) -> Signal:
         """The second step: what is beside it, scaled as it is itself."""
         parts = []
-        for name, value, zero in (("own", own, grids["zero"]), ("other", other, grids["other_zero"])):
+        for name, value, zero in (("own", own, first["zero"]), ("other", other, first["other_zero"])):
             steps = Signal(signed(9), name=f"{name}_steps_{q}")
             m.d.sync += steps.eq(value - zero)
             m.submodules[f"add_{name}_{q}"] = one = Multiplier(self.kind, 9, 18)
-            m.d.comb += [one.a.eq(steps), one.b.eq(Cat(factors[name], Const(0, 1)).as_signed())]
+            m.d.comb += [one.a.eq(steps), one.b.eq(Cat(first[name], Const(0, 1)).as_signed())]
             parts.append(one.product)
         total = Signal(signed(28), name=f"sum_{q}")
         m.d.sync += total.eq(parts[0] + parts[1])
         return to_grid(
-            m, total, factors["sum_shift"], grids["sum_zero"], grids["sum_low"], grids["sum_high"], f"added_{q}"
+            m, total, second["sum_shift"], second["sum_zero"], second["sum_low"], second["sum_high"], f"added_{q}"
         )
 
 
-def _registers(places: Fields) -> dict[str, Signal]:
-    return {name: Signal(Shape(bits.width, signed=bits.signed), name=name) for name, (_, bits) in places.items()}
+def _held(m: Module, when: Signal, values: dict[str, Any], name: str) -> dict[str, Signal]:
+    """Registers that take the values over at certain times."""
+    found = {key: Signal.like(value, name=f"{name}_{key}") for key, value in values.items()}
+    with m.If(when):
+        m.d.sync += [one.eq(values[key]) for key, one in found.items()]
+    return found
 
 
 def _parts_of(word: Any, places: Fields) -> list[tuple[str, Any]]:

@@ -63,7 +63,7 @@ class Accelerator(wiring.Component):
         parts = d.columns // d.lanes
         m.d.comb += [
             rows.addr.eq(post.write_row), rows.data.eq(post.write_lanes.replicate(parts)),
-            rows.en.eq(Mux(post.write, 1 << post.write_part, 0)),
+            rows.en.eq(post.write),
             row.addr.eq(store.output_row), store.outputs.eq(row.data),
         ]  # fmt: skip
         return m
@@ -96,10 +96,8 @@ class Accelerator(wiring.Component):
         d = self.design
         for bank in range(2):
             write, read = buffer(m, f"sums_{bank}", d.columns * 32, d.accumulator_rows, d.columns * 32)
-            theirs = post.reads_sums & (post.sums_bank == bank)
+            m.d.sync += read.addr.eq(Mux(post.reads_sums[bank], post.sums_row, gemm.read_row))
             m.d.comb += [
-                write.addr.eq(gemm.write_row), write.data.eq(gemm.write_sums),
-                write.en.eq(gemm.write & (gemm.write_bank == bank)),
-                read.addr.eq(Mux(theirs, post.sums_row, gemm.read_row)), gemm.read_sums[bank].eq(read.data),
-                post.sums[bank].eq(read.data),
+                write.addr.eq(gemm.write_row), write.data.eq(gemm.write_sums), write.en.eq(gemm.write[bank]),
+                gemm.read_sums[bank].eq(read.data), post.sums[bank].eq(read.data),
             ]  # fmt: skip
