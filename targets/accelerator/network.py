@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from targets.accelerator.arithmetic import Int8
+from targets.accelerator.cutting import fastest
 from targets.accelerator.design import Design
 from targets.accelerator.isa import encode
 from targets.accelerator.layers import POINT, Contraction, Layer, Window
@@ -152,7 +153,8 @@ def _compiled(network: Network, compiler: Compiler) -> Executable:
     for node in network.nodes:
         node = unpacked.get(node.result, node)
         other = None if node.other is None else places[node.other]
-        places[node.result] = compiler.layer(node.layer, places[node.source], other)
+        cut = fastest(node.layer, places[node.source], other, design)
+        places[node.result] = compiler.layer(node.layer, places[node.source], other, cut)
     instructions, layers = zip(*ordered(compiler.groups[first:], design), strict=True)
     program = encode(synchronised(instructions, design, compiler.words))
     return Executable(design, program, [layer - layers[0] for layer in layers], np.zeros(0, np.uint8), places, packed)

@@ -196,7 +196,7 @@ static int64_t arrives(Clock *k) {
 /* The cycle in which an instruction goes to its queue, which has room then. */
 static int64_t dispatch(Clock *k, int64_t has_room) {
   const int64_t low = largest(arrives(k), k->popped + 1);
-  k->popped = largest(arrives(k), largest(low + 1, k->dispatched));
+  k->popped = largest(arrives(k), largest(low + 1, k->dispatched + 1));
   if (k->word % BURST == 0) k->freed[(k->bursts - 1) % BURSTS] = k->popped;
   return k->dispatched = largest(k->popped + 1, has_room);
 }
@@ -229,7 +229,7 @@ static int64_t requantized(Clock *k, const Instruction *one, int64_t begun) {
   const int64_t groups = k->d.columns / k->d.lanes, area = FIELD(one, POST_WINDOW_Y) * FIELD(one, POST_WINDOW_X);
   const int64_t last = begun + 2 + (FIELD(one, POST_NY) * FIELD(one, POST_NX) - 1) * largest(groups, area) + area - 1;
   const int64_t end = last + PICK + groups - 1, done = end + WRITE + 1;
-  k->free[POST] = end + 1, k->idle[POST] = done + 1, k->read = last + 1;
+  k->free[POST] = end - 2, k->idle[POST] = done + 1, k->read = last + 1;
   return done;
 }
 

@@ -40,6 +40,30 @@ class Patch:
         return Patch(self.y * pool[0], self.x * pool[1], self.ny * pool[0], self.nx * pool[1])
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a contraction's results are computed: patches of at most so many lines and columns.
+
+    Attributes:
+        part: tiles of input channels that are loaded together.
+        head: lines of the patches at the top, which are fewer where the first results are to be early.
+    """
+
+    ny: int
+    nx: int
+    part: int
+    head: int
+
+    def patches(self, target: Place) -> list[Patch]:
+        """All results, those at the top first."""
+        starts = [0, *range(self.head, target.height, self.ny)]
+        lines = zip(starts, [*starts[1:], target.height], strict=True)
+        return [
+            Patch(y, x, end - y, min(self.nx, target.width - x))
+            for y, end in lines for x in range(0, target.width, self.nx)
+        ]  # fmt: skip
+
+
 class Compiler:
     """Collects a program and the constants that it reads; layers are computed in the order they are given."""
 
@@ -74,11 +98,15 @@ class Compiler:
         """All instructions, without tokens."""
         return [one for one, _ in ordered(self.groups, self.design)]
 
-    def layer(self, layer: Layer, source: Place, other: Place | None = None) -> Place:
+    def layer(
+        self, layer: Layer, source: Place, other: Place | None = None, cut: Cut | None = None, most: int | None = None
+    ) -> Place:
         """Compute a layer's answer, and where it lies.
 
         Args:
             other: what the step of a contraction adds.
+            cut: one of `cuts`, the first unless given.
+            most: patches to be computed, if not all.
 
         Raises:
             ProgramError: one line of results does not fit the buffers, however it is cut.
@@ -88,7 +116,8 @@ class Compiler:
         target = self.place(channels, height, width)
         number = self.groups[-1].layer + 1 if self.groups else 0
         if isinstance(layer, Contraction):
-            found = _Contracting(self, layer, source, target, other).groups()
+            chosen = cut or cuts(layer, source, other, self.design)[0]
+            found = _Contracting(self, layer, source, target, other, chosen).groups(most)
         else:
             found = _pooled(self, layer, source, target)
         self.groups += [replace(group, layer=number) for group in found]
@@ -108,18 +137,19 @@ class _Contracting:
     fit half of theirs, else each group loads its own.
     """
 
-    def __init__(self, c: Compiler, layer: Contraction, source: Place, target: Place, other: Place | None) -> None:
+    def __init__(
+        self, c: Compiler, layer: Contraction, source: Place, target: Place, other: Place | None, cut: Cut
+    ) -> None:
         self.compiler, self.layer, self.source, self.target, self.other = c, layer, source, target, other
         d = self.design = c.design
         self.tiles = _tiles(layer.weights, d)
         self.depth = self.tiles.shape[1]  # tiles of input channels
-        self.pool, self.window = layer.pool, _held(layer.window)[0]
-        (self.ny, self.nx), self.part = self._cut()
+        self.pool, self.window, self.cut = layer.pool, _held(layer.window)[0], cut
 
-    def groups(self) -> Iterator[Group]:
-        c, d = self.compiler, self.design
+    def groups(self, most: int | None) -> Iterator[Group]:
+        c, d, size = self.compiler, self.design, self.cut.part
         blocks, used = len(self.tiles), (self.tiles != 0).any((4, 5))  # (block, depth, ky, kx)
-        parts = [range(first, min(first + self.part, self.depth)) for first in range(0, self.depth, self.part)]
+        parts = [range(first, min(first + size, self.depth)) for first in range(0, self.depth, size)]
         plan = [[_steps(used[n], part) for part in parts] for n in range(blocks)]
         for n in range(blocks):  # a block without weights still answers its biases
             if not any(plan[n]):
@@ -129,7 +159,7 @@ class _Contracting:
         stay = self._fixed(plan)
         parameters = _Parameters(c, [self.layer.step.part(n * d.columns, (n + 1) * d.columns) for n in range(blocks)])
         loaded: dict[tuple[int, int], int] = {}
-        for patch in patches(self.target, self.ny, self.nx):
+        for patch in self.cut.patches(self.target)[:most]:
             rows = None
             for n in range(blocks):
                 group, bank = Group(), c.turn("bank")
@@ -209,39 +239,43 @@ class _Contracting:
         )  # fmt: skip
         yield stored(patch, n, row, self.target, d)
 
-    def _cut(self) -> tuple[tuple[int, int], int]:
-        """Lines and columns of a patch, and tiles of input channels loaded together: what is expected to be fastest."""
-        d, target = self.design, self.target
-        found: list[tuple[int, tuple[int, int], int]] = []
-        most = min(d.output_rows // 2, *([d.side_rows // 2] if self.other is not None else [2**20]))
-        used = int((self.tiles != 0).any((4, 5)).sum())
-        for ny, nx, part in product(_divisions(target.height), _divisions(target.width), _divisions(self.depth)):
-            pooled = ny * self.pool[0], nx * self.pool[1]
-            height, width = self.window.reach(pooled)
-            rows = pooled[0] * pooled[1]
-            steps = self.tiles.shape[2] * self.tiles.shape[3] * part
-            fits = ny * nx <= most and rows <= d.accumulator_rows and pooled[1] <= LONGEST_LINE
-            fits = fits and height * width * part <= d.input_rows // 2
-            if not fits or steps * d.rows > min(d.weight_rows // 2, 4095):
-                continue
-            count = -(-target.height // ny) * -(-target.width // nx)
-            again = len(self.tiles) if part < self.depth else 1
-            multiply = used * max(rows, d.rows + GEMM_SETUP) * count
-            patch = height * width * self.source.blocks(d) * d.block_words
-            weights = used * d.rows * d.block_words
-            load = count * again * patch + weights * (1 if used * d.rows <= d.weight_rows // 2 else count)
-            groups = count * len(self.tiles)
-            post = groups * (max(ny * nx * (d.columns // d.lanes), rows) + POST_SETUP)
-            store = groups * (ny * (1 + nx * d.block_words) + STORE_SETUP)
-            fetch = 2 * used * count
-            ends = patch + (weights + post // count) // len(self.tiles) + fetch // 4
-            found.append((max(multiply, load, post, store, fetch) + ends, (ny, nx), part))
-        if not found:
-            raise ProgramError(
-                f"Not even one result of a window of {self.layer.window.size} over {self.source.channels} channels "
-                "fits the buffers of this design."
-            )
-        return min(found)[1:]
+
+def cuts(layer: Contraction, source: Place, other: Place | None, design: Design) -> list[Cut]:
+    """All that fit the buffers, by the cycles that they are expected to take; all patches of a cut are as high.
+
+    Raises:
+        ProgramError: there is none.
+    """
+    d, tiles, window, found = design, _tiles(layer.weights, design), _held(layer.window)[0], list[tuple[int, Cut]]()
+    target = layer.results(source.height, source.width)
+    most = min(d.output_rows // 2, *([d.side_rows // 2] if other is not None else [2**20]))
+    used, (blocks, depth, *taps) = int((tiles != 0).any((4, 5)).sum()), tiles.shape[:4]
+    for ny, nx, part in product(*map(_divisions, (*target, depth))):
+        pooled = ny * layer.pool[0], nx * layer.pool[1]
+        height, width = window.reach(pooled)
+        rows = pooled[0] * pooled[1]
+        fits = ny * nx <= most and rows <= d.accumulator_rows and pooled[1] <= LONGEST_LINE
+        fits = fits and height * width * part <= d.input_rows // 2
+        if not fits or taps[0] * taps[1] * part * d.rows > min(d.weight_rows // 2, 4095):
+            continue
+        count = -(-target[0] // ny) * -(-target[1] // nx)
+        again = blocks if part < depth else 1
+        multiply = used * max(rows, d.rows + GEMM_SETUP) * count
+        patch = height * width * source.blocks(d) * d.block_words
+        weights = used * d.rows * d.block_words
+        load = count * again * patch + weights * (1 if used * d.rows <= d.weight_rows // 2 else count)
+        groups = count * blocks
+        post = groups * (max(ny * nx * (d.columns // d.lanes), rows) + POST_SETUP)
+        store = groups * (ny * (1 + nx * d.block_words) + STORE_SETUP)
+        fetch = 2 * used * count
+        ends = patch + (weights + post // count) // blocks + fetch // 4
+        found.append((max(multiply, load, post, store, fetch) + ends, Cut(ny, nx, part, ny)))
+    if not found:
+        raise ProgramError(
+            f"Not even one result of a window of {layer.window.size} over {source.channels} channels "
+            "fits the buffers of this design."
+        )
+    return [cut for _, cut in sorted(found, key=lambda one: one[0])]
 
 
 class _Parameters:
@@ -281,7 +315,8 @@ def _pooled(c: Compiler, layer: Pooling, source: Place, target: Place) -> Iterat
     parameters = _Parameters(c, [layer.step.part(n * d.columns, (n + 1) * d.columns) for n in range(blocks)])
     kind = Reduce.LARGEST if layer.kind == "largest" else Reduce.SUM
     window, _ = _held(layer.window)
-    for patch in patches(target, *min(cuts)[1]):
+    ny, nx = min(cuts)[1]
+    for patch in Cut(ny, nx, 1, ny).patches(target):
         _, width = window.reach((patch.ny, patch.nx))
         for n in range(blocks):
             group = Group()
@@ -296,12 +331,6 @@ def _pooled(c: Compiler, layer: Pooling, source: Place, target: Place) -> Iterat
             ))  # fmt: skip
             group.work.append(stored(patch, n, row, target, d))
             yield group
-
-
-def patches(target: Place, ny: int, nx: int) -> Iterator[Patch]:
-    """All results, in rectangles of at most so many lines and columns."""
-    for y, x in product(range(0, target.height, ny), range(0, target.width, nx)):
-        yield Patch(y, x, min(ny, target.height - y), min(nx, target.width - x))
 
 
 def framed(

@@ -4,7 +4,7 @@ from amaranth.hdl import Cat, Module, Signal
 from amaranth.lib import fifo, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from targets.accelerator.circuit.parts import ADDRESS, ReadPort
+from targets.accelerator.circuit.parts import ADDRESS, ReadPort, signal
 from targets.accelerator.isa import BITS, KINDS
 
 BURST = 32
@@ -28,42 +28,43 @@ class Fetch(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         m.submodules.words = words = fifo.SyncFIFOBuffered(width=64, depth=BURST * BURSTS)
-        left, free = Signal(24), Signal(range(BURSTS + 1), init=BURSTS)
-        unasked, taken = Signal(20), Signal(range(BURST))
+        left, more, free = Signal(24), Signal(), Signal(range(BURSTS + 1), init=BURSTS)
+        unasked, asking, taken = Signal(20), Signal(), Signal(range(BURST))
         request = self.port.request
         asked, freed = Signal(), Signal()
         m.d.comb += [
-            request.valid.eq((unasked != 0) & (free != 0)), request.payload.words.eq(BURST),
+            request.valid.eq(asking & (free != 0)), request.payload.words.eq(BURST),
             asked.eq(request.valid & request.ready), words.w_data.eq(self.port.words.payload),
             words.w_en.eq(self.port.words.valid), self.port.words.ready.eq(1),
         ]  # fmt: skip
         with m.If(self.start):
             m.d.sync += [
-                request.payload.address.eq(self.address), left.eq(self.count), unasked.eq((self.count + 15) >> 4),
+                request.payload.address.eq(self.address), left.eq(self.count), more.eq(self.count != 0),
+                unasked.eq((self.count + 15) >> 4), asking.eq(self.count != 0),
             ]  # fmt: skip
         with m.Elif(asked):
             m.d.sync += [
                 request.payload.address.eq(request.payload.address + BURST), unasked.eq(unasked - 1),
+                asking.eq(unasked != 1),
             ]  # fmt: skip
         m.d.comb += freed.eq(words.r_en & (taken == BURST - 1))
         m.d.sync += free.eq(free - asked + freed)
 
-        low, half, whole, instruction = Signal(64), Signal(), Signal(), Signal(BITS)
-        going = Signal()
-        m.d.comb += words.r_en.eq(words.r_rdy & (~half | ~whole | going))
-        with m.If(going):
+        low, half, whole = signal(64, "low"), Signal(), Signal(len(KINDS))  # whole: for whom there is an instruction
+        instruction, ready = signal(BITS, "instruction"), Signal(len(KINDS))
+        m.d.comb += words.r_en.eq(words.r_rdy & ~(half & whole.any()))
+        with m.If((whole & ready).any()):
             m.d.sync += whole.eq(0)
         with m.If(words.r_en):
             m.d.sync += [taken.eq(taken + 1), half.eq(~half)]
             with m.If(half):
-                m.d.sync += [instruction.eq(Cat(low, words.r_data)), whole.eq(left != 0)]
+                m.d.sync += instruction.eq(Cat(low, words.r_data))
             with m.Else():
                 m.d.sync += low.eq(words.r_data)
-            with m.If(half & (left != 0)):
-                m.d.sync += left.eq(left - 1)
-        ready = Signal(len(KINDS))
+            with m.If(half & more):
+                m.d.sync += [left.eq(left - 1), more.eq(left != 1)]
+                m.d.sync += [whole[k].eq(low[:4] == k) for k in range(len(KINDS))]
         for k, queue in enumerate(self.queues):
-            mine = whole & (instruction[:4] == k)
-            m.d.comb += [queue.payload.eq(instruction), queue.valid.eq(mine), ready[k].eq(mine & queue.ready)]
-        m.d.comb += [going.eq(ready.any()), self.busy.eq((left != 0) | whole | (unasked != 0) | self.start)]
+            m.d.comb += [queue.payload.eq(instruction), queue.valid.eq(whole[k]), ready[k].eq(queue.ready)]
+        m.d.comb += self.busy.eq(more | whole.any() | asking | self.start)
         return m

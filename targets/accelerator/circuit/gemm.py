@@ -51,7 +51,7 @@ class GemmUnit(wiring.Component):
             self.take.eq(front.take & ~Unit.POST | waits & swap.replicate(4)),
         ]  # fmt: skip
         now, running, row, row_out, last = self._run(m, swap, held & ready & free, bits)
-        sums = self._multiply(m, delayed(m, swap, 4, "swap")[4], shadow)
+        sums = self._multiply(m, delayed(m, swap, 3, "swap")[3], shadow)
         active, signals = delayed(m, running, at, "active"), Signal(4)
         with m.If(last):
             m.d.sync += signals.eq(now.signals)
@@ -72,7 +72,7 @@ class GemmUnit(wiring.Component):
         Returns:
             whether there is a next one, whether its tile is complete, its bits, and the shadow registers.
         """
-        d, bits = self.design, Signal(BITS, name="next_bits")
+        d, bits = self.design, signal(BITS, "next_bits")
         held, ready, reading, number = Signal(), Signal(), Signal(), Signal(range(self.design.rows))
         count = Countdown(m, d.rows.bit_length(), "tile")
         m.d.comb += front.free.eq(~held)
@@ -87,7 +87,7 @@ class GemmUnit(wiring.Component):
                 self.weight_row.eq(fields(Gemm, front.instruction).weights),
             ]  # fmt: skip
             count.load(d.rows)
-        weights = Signal(d.columns * 8)
+        weights = signal(d.columns * 8, "entry")
         m.d.sync += weights.eq(self.weights)
         come, numbers = delayed(m, reading, 1, "come")[-1], delayed(m, number, 1, "number")[-1]
         done = delayed(m, reading & count.last, 2, "read")
@@ -111,7 +111,7 @@ class GemmUnit(wiring.Component):
         Returns:
             the instruction, whether it runs, the row of inputs, that of accumulators, and whether they are the last.
         """
-        bits = Signal(BITS, name="bits")
+        bits = signal(BITS, "bits")
         now, then = fields(Gemm, bits), fields(Gemm, next_bits)
         running, row, line, row_out, last = Signal(), Signal(14), Signal(14), Signal(10), Signal()
         across, down = Countdown(m, len(now.nx), "across"), Countdown(m, len(now.ny), "down")
@@ -134,15 +134,16 @@ class GemmUnit(wiring.Component):
         return now, running, row, row_out, last
 
     def _multiply(self, m: Module, take: Signal, shadow: list[list[Signal]]) -> list[Signal]:
-        """A sum for each column, of the rows whose address was given `depth` cycles ago."""
-        d, inputs = self.design, Signal(self.design.rows * 8)
+        """A sum for each column, of the rows whose address was given `depth` cycles ago; `take` comes a cycle early."""
+        d, inputs = self.design, signal(self.design.rows * 8, "row")
         m.d.sync += inputs.eq(self.inputs)
         found = []
         for c in range(d.columns):
-            parts = []
+            parts, mine = list[Any](), Signal(name=f"take_{c}", reset_less=True, attrs={"keep": 1})  # near its column
+            m.d.sync += mine.eq(take)
             for r, x in enumerate(lanes(inputs, 8, sign=True)):
                 m.submodules[f"multiplier_{r}_{c}"] = one = Multiplier(self.kind, 8, 8)
-                m.d.comb += [one.a.eq(x), one.b.eq(shadow[r][c]), one.take.eq(take)]
+                m.d.comb += [one.a.eq(x), one.b.eq(shadow[r][c]), one.take.eq(mine)]
                 parts.append(one.product)
             while len(parts) > 1:
                 level = []
@@ -159,12 +160,13 @@ class GemmUnit(wiring.Component):
         sums: list[Signal],
     ) -> None:
         """Read what a bank holds in time for the sums, add, and write it back."""
-        at, held = self.depth, [Signal(len(bank), name=f"held_{k}") for k, bank in enumerate(self.read_sums)]
-        before = Signal(len(held[0]))
+        at, held = self.depth, [signal(len(bank), f"held_{k}") for k, bank in enumerate(self.read_sums)]
+        before, after = signal(len(held[0]), "before"), signal(len(held[0]), "after")
         m.d.comb += self.read_row.eq(rows[at - 4])
         m.d.sync += [register.eq(bank) for register, bank in zip(held, self.read_sums, strict=True)]
         m.d.sync += before.eq(Mux(clears[at - 1], 0, Mux(banks[at - 1], held[1], held[0])))
-        totals = zip(lanes(self.write_sums, 32), lanes(before, 32, sign=True), sums, strict=True)
+        m.d.comb += self.write_sums.eq(after)
+        totals = zip(lanes(after, 32), lanes(before, 32, sign=True), sums, strict=True)
         m.d.sync += [total.eq(old + new) for total, old, new in totals]
         m.d.sync += [one.eq(active[at] & (banks[at] == bank)) for bank, one in enumerate(self.write)]
         m.d.comb += self.write_row.eq(rows[at + 1])

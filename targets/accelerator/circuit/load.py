@@ -1,10 +1,10 @@
 """LOAD: one part asks memory for lines, another puts what comes, and the frame around it, into the buffers."""
 
-from amaranth.hdl import Array, Module, Mux, Signal
+from amaranth.hdl import Module, Mux, Signal
 from amaranth.lib import data, fifo, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from targets.accelerator.circuit.parts import Countdown, Front, ReadPort, delayed, fields
+from targets.accelerator.circuit.parts import Countdown, Front, ReadPort, delayed, fields, signal
 from targets.accelerator.design import Design
 from targets.accelerator.isa import BITS, Load, Memory
 
@@ -62,16 +62,17 @@ class LoadUnit(wiring.Component):
     def _write(self, m: Module, ahead: fifo.SyncFIFOBuffered) -> Signal:
         """Entry after entry: those of the frame in a cycle, the others as their words come."""
         d, then = self.design, fields(Load, ahead.r_data)
-        bits = Signal(BITS)
+        bits = signal(BITS, "bits")
         now = fields(Load, bits)
         active, finished, row = Signal(), Signal(), Signal(14)
         across = _Frame(m, "across", 12, now.left, now.nx, now.right)
         down = _Frame(m, "down", 10, now.top, now.ny, now.bottom)
-        parts, part = Array([d.block_words] * 3 + [d.lanes]), Signal(4)
-        last_part = Signal()
-        m.d.comb += [ahead.r_en.eq(ahead.r_rdy & ~active), last_part.eq(part == parts[now.memory] - 1)]
+        part, last_part = Signal(4), Signal()
+        last = Signal(4)
+        m.d.comb += [ahead.r_en.eq(ahead.r_rdy & ~active), last_part.eq(part == last)]
         with m.If(ahead.r_en):
             m.d.sync += [bits.eq(ahead.r_data), active.eq(1), row.eq(then.row), part.eq(0)]
+            m.d.sync += last.eq(Mux(then.memory == Memory.PARAMETERS, d.lanes, d.block_words) - 1)
             across.start(then.left, then.nx)
             down.start(then.top, then.ny)
         framing = ~(across.inside & down.inside)
@@ -90,12 +91,13 @@ class LoadUnit(wiring.Component):
                 down.step()
         with m.If(finished):
             m.d.sync += active.eq(0)
-        fill, signals = self.fill, Signal(4)
+        fill, signals, word = self.fill, Signal(4), signal(64, "word")
+        m.d.comb += fill.word.eq(word)
         m.d.sync += [
             self.filling.eq(wrote), signals.eq(now.signals & finished.replicate(4)), self.give.eq(signals),
             fill.memory.eq(now.memory),
             fill.row.eq(row), fill.lane.eq(now.lane), fill.part.eq(part), fill.whole.eq(framing),
-            fill.word.eq(Mux(framing, now.pad.as_unsigned().replicate(8), self.port.words.payload)),
+            word.eq(Mux(framing, now.pad.as_unsigned().replicate(8), self.port.words.payload)),
         ]  # fmt: skip
         return active
 

@@ -20,8 +20,9 @@ class Multiplier(wiring.Component):
     def elaborate(self, platform: object) -> Module:
         m = Module()
         if self.kind == "plain":
-            a, b = Signal.like(self.a), Signal.like(self.b)
-            m.d.sync += [a.eq(self.a), self.product.eq(a * b)]
+            a, b, product = (Signal.like(one, reset_less=True) for one in (self.a, self.b, self.product))
+            m.d.sync += [a.eq(self.a), product.eq(a * b)]
+            m.d.comb += self.product.eq(product)
             with m.If(self.take):
                 m.d.sync += b.eq(self.b)
             return m

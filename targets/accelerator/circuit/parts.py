@@ -106,10 +106,10 @@ class Countdown:
 
 
 def delayed(m: Module, signal: Any, cycles: int, name: str) -> list[Any]:
-    """The signal, and what it was 1, 2, ... cycles ago."""
+    """The signal, and what it was 1, 2, ... cycles ago; no reset clears that, so resets last longer than pipelines."""
     found = [signal]
     for k in range(1, cycles + 1):
-        later = Signal.like(found[-1], name=f"{name}_{k}")
+        later = Signal.like(found[-1], name=f"{name}_{k}", reset_less=True)
         m.d.sync += later.eq(found[-1])
         found.append(later)
     return found
@@ -129,4 +129,5 @@ def lanes(bits: Any, width: int, *, sign: bool = False) -> list[Any]:
 
 
 def signal(width: int, name: str, *, sign: bool = False) -> Signal:
-    return Signal(signed(width) if sign else unsigned(width), name=name)
+    """A register of data, which no reset clears: a wire to each of them would be most of the circuit's wires."""
+    return Signal(signed(width) if sign else unsigned(width), name=name, reset_less=True)

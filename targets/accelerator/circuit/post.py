@@ -8,7 +8,7 @@ from amaranth.lib.wiring import In, Out
 
 from targets.accelerator.arithmetic import FRACTION_BITS
 from targets.accelerator.circuit.multiplier import Kind, Multiplier
-from targets.accelerator.circuit.parts import Countdown, Front, delayed, fields, lanes
+from targets.accelerator.circuit.parts import Countdown, Front, delayed, fields, lanes, signal
 from targets.accelerator.circuit.rounding import CYCLES, to_grid
 from targets.accelerator.design import Design
 from targets.accelerator.isa import BITS, Post, Reduce, Source, Unit
@@ -22,11 +22,13 @@ ADD = 4
 """Cycles from the first step's result until what the second rounds."""
 WRITE = STEP + CYCLES + ADD + CYCLES + 1
 """Cycles from asking for parameters until the result is written."""
-GAP = PICK + 4
+GAP = PICK + 1
 """Cycles that lie at least between an instruction's last part and the first of the next."""
-SCALE, SUM = STEP, STEP + CYCLES + 2
-"""Cycles from asking for its first parameters until the two steps follow an instruction's header, for `GAP` at least."""
-assert max(SUM - SCALE, STEP + CYCLES + 2 - SCALE, WRITE - SUM) <= GAP
+HEADER = (3, 10, 17)
+"""Cycles from asking for the first parameters until each register that hands on an instruction's header has it.
+
+A register keeps it for `GAP` cycles at least; the first step and the factors are read from the second, then the rest.
+"""
 
 
 class PostUnit(wiring.Component):
@@ -50,26 +52,26 @@ class PostUnit(wiring.Component):
         m = Module()
         m.submodules.front = front = Front()
         wiring.connect(m, wiring.flipped(self.queue), front.queue)
-        bits, active, starting = Signal(BITS), Signal(), Signal()
+        bits, active, starting = signal(BITS, "bits"), Signal(), Signal()
         now = fields(Post, bits)
         m.d.comb += [front.available.eq(self.available), self.take.eq(front.take), front.free.eq(~active)]
         m.d.sync += starting.eq(front.go)
         with m.If(front.go):
             m.d.sync += [bits.eq(front.instruction), active.eq(1)]
-        reading, first, fire, final = self._walk(m, now, starting)
+        reading, first, fire, final = self._walk(m, front, now, starting)
         fired = delayed(m, fire, PICK - 1, "fired")[-1]
-        part, valid, row, end = self._parts(m, now, starting, fired, final)
+        part, valid, row = self._parts(m, now, starting, fired)
         rows = self._capture(m, now, first, fire)
         steps = self._header(m, now, starting, fired, valid)
         results = self._compute(m, rows, part, *steps)
-        with m.If(end):
+        groups = self.design.columns // self.design.lanes
+        ends = delayed(m, final, PICK + groups + WRITE, "ends")
+        with m.If(ends[groups + 2]):  # the next one's header is asked for when the last part has been
             m.d.sync += active.eq(0)
-        ends = delayed(m, end, WRITE + 1, "end")
-        signals = delayed(m, now.signals & end.replicate(4), WRITE + 1, "signals")[-1]
-        to_gemm = now.signals & delayed(m, final, 1, "read")[1].replicate(4) & Unit.GEMM
+        signals = delayed(m, now.signals & final.replicate(4), len(ends) - 1, "signals")
         written = delayed(m, valid, WRITE - 1, "valid")[-1], delayed(m, part, WRITE - 1, "part")[-1]
         m.d.comb += [
-            self.give.eq(signals & ~Unit.GEMM | to_gemm),
+            self.give.eq(signals[-1] & ~Unit.GEMM | signals[1] & Unit.GEMM),
             self.busy.eq(front.go | active | Cat(*ends[1:]).any()), self.write_lanes.eq(Cat(*results)),
             self.write_row.eq(delayed(m, row, WRITE, "row")[WRITE]),
         ]  # fmt: skip
@@ -78,7 +80,7 @@ class PostUnit(wiring.Component):
         m.d.sync += [one.eq(written[0] & (written[1] == k)) for k, one in enumerate(self.write)]
         return m
 
-    def _walk(self, m: Module, now: Any, starting: Signal) -> tuple[Signal, Signal, Signal, Signal]:
+    def _walk(self, m: Module, front: Front, now: Any, starting: Signal) -> tuple[Signal, Signal, Signal, Signal]:
         """The rows of all windows; (any, a window's first, its last, the last of all) are asked for two cycles on.
 
         A window of fewer rows than there are parts of a row takes as many cycles as those.
@@ -88,7 +90,8 @@ class PostUnit(wiring.Component):
         across, down = Countdown(m, len(now.nx), "across"), Countdown(m, len(now.ny), "down")
         along, under = Countdown(m, len(now.window_x), "along"), Countdown(m, len(now.window_y), "under")
         idle, missing = Countdown(m, 5, "idle"), Signal(5)
-        area = sum(Mux(bit, now.window_x << k, 0) for k, bit in enumerate(now.window_y))  # too small for a multiplier
+        then, area, short = fields(Post, front.instruction), Signal(8), Signal()
+        m.d.sync += area.eq(sum(Mux(bit, then.window_x << k, 0) for k, bit in enumerate(then.window_y)))  # no multiplier
         # First rows: of a window, of its line, of a line of windows.
         at, window, line, column = Signal(12), Signal(12), Signal(12), Signal(12)
         last = across.last & down.last
@@ -96,7 +99,7 @@ class PostUnit(wiring.Component):
         m.d.comb += [
             fire.eq(running & ~idling & along.last & under.last), final.eq(fire & last),
             first.eq(running & ~idling & at_first),
-            ahead.eq(Mux(idling, idle.last, fire & (missing == 0))),  # to the next window
+            ahead.eq(Mux(idling, idle.last, fire & ~short)),  # to the next window
         ]  # fmt: skip
         side_row = Signal.like(self.side_row)
         m.d.sync += [side_row.eq(now.side + at), self.side_row.eq(side_row), self.sums_row.eq(now.row + at)]
@@ -108,14 +111,14 @@ class PostUnit(wiring.Component):
 
         with m.If(starting):
             m.d.sync += [
-                running.eq(1), idling.eq(0), missing.eq(Mux(area < groups, groups - area, 0)),
+                running.eq(1), idling.eq(0), missing.eq(groups - area), short.eq(area < groups),
                 column.eq(0),
             ]  # fmt: skip
             begin(0)
             across.load(now.nx)
             down.load(now.ny)
         with m.Elif(running):
-            with m.If(fire & (missing != 0)):
+            with m.If(fire & short):
                 m.d.sync += idling.eq(1)
                 idle.load(missing)
             with m.If(idling):
@@ -141,42 +144,40 @@ class PostUnit(wiring.Component):
                     along.step()
         return running, first, fire, final
 
-    def _parts(
-        self, m: Module, now: Any, starting: Signal, fired: Signal, final: Signal
-    ) -> tuple[Signal, Signal, Signal, Signal]:
-        """Which part of a row is next, whether there is one, the row it goes to, and whether it is the very last."""
+    def _parts(self, m: Module, now: Any, starting: Signal, fired: Signal) -> tuple[Signal, Signal, Signal]:
+        """Which part of a row is next, whether there is one, and the row it goes to."""
         groups = self.design.columns // self.design.lanes
-        ended = delayed(m, final, PICK - 1, "ended")[-1]
-        part, valid, row, ending = Signal(4), Signal(), Signal(12), Signal()
-        last, end = Signal(), Signal()
-        m.d.comb += [last.eq(part == groups - 1), end.eq(valid & last & ending)]
+        part, valid, row, last = Signal(4), Signal(), Signal(12), Signal()
+        m.d.comb += last.eq(part == groups - 1)
         with m.If(starting):
             m.d.sync += row.eq(now.row_out)
         with m.Elif(valid & last):
             m.d.sync += row.eq(row + 1)
         with m.If(fired):
-            m.d.sync += [valid.eq(1), part.eq(0), ending.eq(ended)]
+            m.d.sync += [valid.eq(1), part.eq(0)]
         with m.Elif(valid):
             m.d.sync += [valid.eq(~last), part.eq(part + 1)]
-        return part, valid, row, end
+        return part, valid, row
 
     def _capture(self, m: Module, now: Any, first: Signal, fire: Signal) -> tuple[Signal, Signal]:
         """(int32 of all columns, int8 to be added to them) of a window, seven cycles after its last row."""
         d = self.design
-        banks = [Signal(len(bank), name=f"bank_{k}") for k, bank in enumerate(self.sums)]
-        side = Signal(d.columns * 8)
+        banks = [signal(len(bank), f"bank_{k}") for k, bank in enumerate(self.sums)]
+        side = signal(d.columns * 8, "beside")
         m.d.sync += [register.eq(bank) for register, bank in zip(banks, self.sums, strict=True)]
         m.d.sync += side.eq(self.side)
         beside = delayed(m, side, 2, "beside")
-        opens, closes = delayed(m, first, 5, "opens")[5], delayed(m, fire, 6, "closes")[6]
-        row, other, found = Signal(d.columns * 32), Signal(d.columns * 8), []
+        opens, closes = delayed(m, first, 4, "opens")[4], delayed(m, fire, 6, "closes")[6]
+        always, alone = signal(1, "always"), signal(1, "alone")  # whether to take a value, and whether only that
+        m.d.sync += [always.eq(opens | (now.reduce == Reduce.SUM)), alone.eq(opens | (now.reduce != Reduce.SUM))]
+        row, other, found = signal(d.columns * 32, "row"), signal(d.columns * 8, "other"), []
         sums = zip(lanes(banks[0], 32), lanes(banks[1], 32), lanes(side, 8), strict=True)
         for c, (zero, one, eight) in enumerate(sums):
-            value, so_far = Signal(signed(32), name=f"value_{c}"), Signal(signed(32), name=f"so_far_{c}")
+            value, so_far = (signal(32, f"{name}_{c}", sign=True) for name in ("value", "so_far"))
             lifted = Cat(Const(0, FRACTION_BITS), eight, eight[-1].replicate(32 - 8 - FRACTION_BITS))
             m.d.sync += value.eq(Mux(now.source == Source.SIDE, lifted, Mux(now.bank, one, zero)))
-            larger = Mux(value > so_far, value, so_far)
-            m.d.sync += so_far.eq(Mux(opens, value, Mux(now.reduce == Reduce.SUM, so_far + value, larger)))
+            with m.If(always | (value > so_far)):
+                m.d.sync += so_far.eq(Mux(alone, value, so_far + value))
             found.append(so_far)
         with m.If(closes):
             m.d.sync += [row.eq(Cat(*found)), other.eq(beside[2])]
@@ -185,7 +186,7 @@ class PostUnit(wiring.Component):
     def _header(
         self, m: Module, now: Any, starting: Signal, fired: Signal, valid: Signal
     ) -> tuple[dict[str, Signal], dict[str, Signal]]:
-        """The parameters' rows, the header first; what it says, for the first step and, later, for the second."""
+        """The parameters' rows, the header first; what it says, for the first step and, later, for the end."""
         with m.If(starting):
             m.d.sync += self.parameter_row.eq(now.parameters)
         with m.Elif(fired):
@@ -197,10 +198,11 @@ class PostUnit(wiring.Component):
         words = {"add": now.add}
         for k, places in enumerate((GRIDS, FACTORS)):
             words |= dict(_parts_of(self.parameters[64 * k :], places))
-        moves = delayed(m, opening & valid, SUM - 1, "moves")
-        come = _held(m, delayed(m, starting, 2, "header")[-1], words, "come")
-        scale = _held(m, moves[SCALE - 1], come, "scale")
-        return scale, _held(m, moves[SUM - 1], scale, "sum")
+        moves = delayed(m, opening & valid, HEADER[-1] - 1, "moves")
+        found = [_held(m, delayed(m, starting, 2, "header")[-1], words, "header")]
+        for k, at in enumerate(HEADER):
+            found.append(_held(m, moves[at - 1], found[-1], f"header_{k}"))
+        return found[2], found[3]
 
     def _compute(
         self, m: Module, rows: tuple[Signal, Signal], part: Signal, first: dict[str, Any], second: dict[str, Any]
@@ -208,8 +210,8 @@ class PostUnit(wiring.Component):
         """Both steps, in each lane."""
         d, (row, other) = self.design, rows
         at = delayed(m, part, 2, "at")
-        parameters = Signal(d.lanes * 64)
-        values, others = Signal(d.lanes * 32), Signal(d.lanes * 8)
+        parameters = signal(d.lanes * 64, "channels")
+        values, others = signal(d.lanes * 32, "values"), signal(d.lanes * 8, "others")
         m.d.sync += [
             parameters.eq(self.parameters), values.eq(Array(lanes(row, d.lanes * 32))[at[1]]),
             others.eq(Array(lanes(other, d.lanes * 8))[at[1]]),
@@ -222,14 +224,14 @@ class PostUnit(wiring.Component):
             one = self._scaled(m, value, words, first, q)
             two = self._added(m, one, beside, first, second, q)
             skipped = delayed(m, one, ADD + CYCLES, f"skipped_{q}")[-1]
-            result = Signal(8, name=f"result_{q}")
+            result = signal(8, f"result_{q}")
             m.d.sync += result.eq(Mux(second["add"], two, skipped))
             found.append(result)
         return found
 
     def _scaled(self, m: Module, value: Any, words: dict[str, Any], grids: dict[str, Signal], q: int) -> Signal:
         """round((value + bias) * multiplier / 2^shift) + zero; the value and its words lie in registers."""
-        total, multiplier = Signal(signed(32), name=f"total_{q}"), Signal(signed(18), name=f"factor_{q}")
+        total, multiplier = signal(32, f"total_{q}", sign=True), signal(18, f"factor_{q}", sign=True)
         m.d.sync += [total.eq(value + words["bias"]), multiplier.eq(words["multiplier"])]
         halves = Cat(total[:16], Const(0, 1)).as_signed(), total[16:].as_signed()
         products = []
@@ -237,7 +239,7 @@ class PostUnit(wiring.Component):
             m.submodules[f"scale_{name}_{q}"] = one = Multiplier(self.kind, len(half), 18)
             m.d.comb += [one.a.eq(half), one.b.eq(multiplier)]
             products.append(one.product)
-        product = Signal(signed(49), name=f"product_{q}")
+        product = signal(49, f"product_{q}", sign=True)
         m.d.sync += product.eq((products[1] << 16) + products[0])
         shift = delayed(m, words["shift"], STEP - 2, f"shift_{q}")[-1]
         return to_grid(m, product, shift, grids["zero"], grids["low"], grids["high"], f"scaled_{q}")
@@ -248,21 +250,21 @@ class PostUnit(wiring.Component):
         """The second step: what is beside it, scaled as it is itself."""
         parts = []
         for name, value, zero in (("own", own, first["zero"]), ("other", other, first["other_zero"])):
-            steps = Signal(signed(9), name=f"{name}_steps_{q}")
+            steps = signal(9, f"{name}_steps_{q}", sign=True)
             m.d.sync += steps.eq(value - zero)
             m.submodules[f"add_{name}_{q}"] = one = Multiplier(self.kind, 9, 18)
             m.d.comb += [one.a.eq(steps), one.b.eq(Cat(first[name], Const(0, 1)).as_signed())]
             parts.append(one.product)
-        total = Signal(signed(28), name=f"sum_{q}")
+        total = signal(28, f"sum_{q}", sign=True)
         m.d.sync += total.eq(parts[0] + parts[1])
         return to_grid(
-            m, total, second["sum_shift"], second["sum_zero"], second["sum_low"], second["sum_high"], f"added_{q}"
+            m, total, first["sum_shift"], second["sum_zero"], second["sum_low"], second["sum_high"], f"added_{q}"
         )
 
 
 def _held(m: Module, when: Signal, values: dict[str, Any], name: str) -> dict[str, Signal]:
     """Registers that take the values over at certain times."""
-    found = {key: Signal.like(value, name=f"{name}_{key}") for key, value in values.items()}
+    found = {key: Signal.like(value, name=f"{name}_{key}", reset_less=True) for key, value in values.items()}
     with m.If(when):
         m.d.sync += [one.eq(values[key]) for key, one in found.items()]
     return found

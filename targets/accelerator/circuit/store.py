@@ -4,14 +4,16 @@ from amaranth.hdl import Array, Module, Mux, Signal
 from amaranth.lib import fifo, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from targets.accelerator.circuit.parts import Countdown, Front, WritePort, delayed, fields, lanes
+from targets.accelerator.circuit.parts import Countdown, Front, WritePort, delayed, fields, lanes, signal
 from targets.accelerator.design import WORD_BYTES, Design
 from targets.accelerator.isa import BITS, Store
 
 READ = 2
 """Cycles from a row's address until its words are in a register."""
-ROOM = 8
+ROOM = 16
 """Words that wait for memory to take them."""
+COMING = 6
+"""Words, at most, that are read for it before it is known to be full."""
 
 
 class StoreUnit(wiring.Component):
@@ -35,14 +37,15 @@ class StoreUnit(wiring.Component):
         asking, reading, request = Signal(), Signal(), self.port.request
         lines, entries = Countdown(m, len(now.ny), "lines"), Countdown(m, len(now.nx), "entries")
         open_lines = Signal(11)
-        part, last_part, issue = Signal(4), Signal(), Signal()
+        part, last_part, issue, roomy = Signal(4), Signal(), Signal(), Signal()
         m.submodules.room = room = fifo.SyncFIFOBuffered(width=64, depth=ROOM)
         come = delayed(m, issue, READ, "come")
         m.d.comb += [
             last_part.eq(part == d.block_words - 1), request.valid.eq(asking),
             request.payload.words.eq(now.nx * d.block_words),
-            issue.eq(reading & (room.level + sum(come[1:]) < ROOM - 1)),
+            issue.eq(reading & roomy),
         ]  # fmt: skip
+        m.d.sync += roomy.eq(room.level < ROOM - COMING)
         with m.If(front.go):
             m.d.sync += [
                 bits.eq(front.instruction), active.eq(1), asking.eq(1), request.payload.address.eq(then.address),
@@ -60,7 +63,7 @@ class StoreUnit(wiring.Component):
                 with m.If(entries.last):
                     m.d.sync += [reading.eq(0), asking.eq(~lines.last)]
                     lines.step()
-        row, parts = Signal(d.columns * 8), delayed(m, part, READ, "part")
+        row, parts = signal(d.columns * 8, "entry"), delayed(m, part, READ, "part")
         m.d.sync += row.eq(self.outputs)
         m.d.comb += [
             room.w_en.eq(come[READ]), room.w_data.eq(Array(lanes(row, 8 * WORD_BYTES))[parts[READ]]),

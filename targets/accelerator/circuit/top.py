@@ -10,7 +10,7 @@ from targets.accelerator.circuit.fetch import Fetch
 from targets.accelerator.circuit.gemm import GemmUnit
 from targets.accelerator.circuit.load import LoadUnit
 from targets.accelerator.circuit.multiplier import Kind
-from targets.accelerator.circuit.parts import ADDRESS, ReadPort, Tokens, WritePort, buffer
+from targets.accelerator.circuit.parts import ADDRESS, ReadPort, Tokens, WritePort, buffer, signal
 from targets.accelerator.circuit.post import PostUnit
 from targets.accelerator.circuit.store import StoreUnit
 from targets.accelerator.design import Design
@@ -80,7 +80,7 @@ class Accelerator(wiring.Component):
         for which, name, words, depth, address, data in buffers:
             write, read = buffer(m, name, words * 64, depth, 64)
             mine = load.filling & (fill.memory == which)
-            row, word, enable = Signal(14), Signal(64), Signal(words)  # registers of its own, near to each buffer
+            row, word, enable = signal(14, "row"), signal(64, "word"), Signal(words)  # registers of its own, near to each buffer
             m.d.sync += [row.eq(fill.row), word.eq(fill.word)]
             for k in range(words):
                 lane, part = divmod(k, d.block_words)
