@@ -153,7 +153,7 @@ def _compiled(network: Network, compiler: Compiler) -> Executable:
     for node in network.nodes:
         node = unpacked.get(node.result, node)
         other = None if node.other is None else places[node.other]
-        cut = fastest(node.layer, places[node.source], other, design)
+        cut = fastest(compiler, node.layer, places[node.source], other)
         places[node.result] = compiler.layer(node.layer, places[node.source], other, cut)
     instructions, layers = zip(*ordered(compiler.groups[first:], design), strict=True)
     program = encode(synchronised(instructions, design, compiler.words))

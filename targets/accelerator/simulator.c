@@ -147,7 +147,7 @@ static void store(Machine *m, const Instruction *one, uint8_t *memory) {
 
 /* --- and when ---------------------------------------------------------------------------------------------------- */
 
-enum { BURST = 32, BURSTS = 4, AHEAD = 4, PICK = 6, WRITE = 23, DEEPEST = 64, TOKENS = 256 };
+enum { BURST = 32, BURSTS = 4, AHEAD = 4, EARLY = 4, PICK = 6, WRITE = 27, DEEPEST = 64, TOKENS = 256 };
 
 /* A buffered queue: when an item can be read, and when there is room for the next. */
 typedef struct {
@@ -169,7 +169,7 @@ typedef struct {
 typedef struct {
   Design d;
   int64_t latency, depth;
-  int64_t word, asked, burst, come, popped, dispatched, freed[BURSTS], bursts;
+  int64_t word, asked, burst, come, popped, taken, dispatched, freed[BURSTS], bursts;
   Queue queues[UNITS], ahead;
   Tokens tokens[UNITS][UNITS];
   int64_t free[UNITS], idle[UNITS], written, arrived, multiplied, read;
@@ -193,12 +193,17 @@ static int64_t arrives(Clock *k) {
   return k->burst + number + 2;
 }
 
+/* The cycle in which the program's next word goes into its half of an instruction, at the earliest then. */
+static int64_t taken(Clock *k, int64_t earliest) {
+  k->popped = largest(arrives(k), largest(k->popped + 1, k->taken));
+  if (k->word % BURST == 0) k->freed[(k->bursts - 1) % BURSTS] = k->popped;
+  return k->taken = largest(earliest, largest(k->popped, k->taken) + 1);
+}
+
 /* The cycle in which an instruction goes to its queue, which has room then. */
 static int64_t dispatch(Clock *k, int64_t has_room) {
-  const int64_t low = largest(arrives(k), k->popped + 1);
-  k->popped = largest(arrives(k), largest(low + 1, k->dispatched + 1));
-  if (k->word % BURST == 0) k->freed[(k->bursts - 1) % BURSTS] = k->popped;
-  return k->dispatched = largest(k->popped + 1, has_room);
+  taken(k, 0);
+  return k->dispatched = largest(taken(k, k->dispatched + 1) + 1, has_room);
 }
 
 static int64_t loaded(Clock *k, const Instruction *one, int64_t begun) {
@@ -263,7 +268,8 @@ static int tick(Clock *k, const Instruction *one, int64_t *begun, int64_t *done)
   for (int taker = 0; taker < UNITS; taker++)
     if (signals >> taker & 1) {
       Tokens *t = &k->tokens[unit][taker];
-      t->at[t->given++ % TOKENS] = (unit == POST && taker == GEMM ? k->read : *done) + 1;
+      const int64_t given = unit == POST && taker == GEMM ? k->read : unit == GEMM && taker == POST ? *done - EARLY : *done;
+      t->at[t->given++ % TOKENS] = given + 1;
     }
   return 0;
 }

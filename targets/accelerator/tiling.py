@@ -46,7 +46,7 @@ class Cut:
 
     Attributes:
         part: tiles of input channels that are loaded together.
-        head: lines of the patches at the top, which are fewer where the first results are to be early.
+        head: lines of the patches at the top; each row of patches has twice as many as the one above it, up to `ny`.
     """
 
     ny: int
@@ -56,12 +56,12 @@ class Cut:
 
     def patches(self, target: Place) -> list[Patch]:
         """All results, those at the top first."""
-        starts = [0, *range(self.head, target.height, self.ny)]
-        lines = zip(starts, [*starts[1:], target.height], strict=True)
-        return [
-            Patch(y, x, end - y, min(self.nx, target.width - x))
-            for y, end in lines for x in range(0, target.width, self.nx)
-        ]  # fmt: skip
+        found, y, height = list[Patch](), 0, self.head
+        while y < target.height:
+            end = min(y + height, target.height)
+            found += [Patch(y, x, end - y, min(self.nx, target.width - x)) for x in range(0, target.width, self.nx)]
+            y, height = end, min(2 * height, self.ny)
+        return found
 
 
 class Compiler:
@@ -73,6 +73,12 @@ class Compiler:
         self.constants: list[tuple[int, NDArray[np.uint8]]] = []
         self.groups: list[Group] = []
         self._turns: dict[str, int] = {}
+
+    def copy(self, most: int) -> "Compiler":
+        """Another that goes on from here, with the last groups alone."""
+        other = Compiler(self.design)
+        other.words, other.groups, other._turns = self.words, self.groups[-most:], dict(self._turns)
+        return other
 
     def place(self, channels: int, height: int, width: int) -> Place:
         """Room in memory for a tensor."""

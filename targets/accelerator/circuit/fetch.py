@@ -52,15 +52,19 @@ class Fetch(wiring.Component):
 
         low, half, whole = signal(64, "low"), Signal(), Signal(len(KINDS))  # whole: for whom there is an instruction
         instruction, ready = signal(BITS, "instruction"), Signal(len(KINDS))
-        m.d.comb += words.r_en.eq(words.r_rdy & ~(half & whole.any()))
+        word, here, take = signal(64, "word"), Signal(), Signal()
+        m.d.comb += [take.eq(here & ~(half & whole.any())), words.r_en.eq(words.r_rdy & (~here | take))]
+        m.d.sync += here.eq(words.r_en | here & ~take)
+        with m.If(words.r_en):
+            m.d.sync += [word.eq(words.r_data), taken.eq(taken + 1)]
         with m.If((whole & ready).any()):
             m.d.sync += whole.eq(0)
-        with m.If(words.r_en):
-            m.d.sync += [taken.eq(taken + 1), half.eq(~half)]
+        with m.If(take):
+            m.d.sync += half.eq(~half)
             with m.If(half):
-                m.d.sync += instruction.eq(Cat(low, words.r_data))
+                m.d.sync += instruction.eq(Cat(low, word))
             with m.Else():
-                m.d.sync += low.eq(words.r_data)
+                m.d.sync += low.eq(word)
             with m.If(half & more):
                 m.d.sync += [left.eq(left - 1), more.eq(left != 1)]
                 m.d.sync += [whole[k].eq(low[:4] == k) for k in range(len(KINDS))]

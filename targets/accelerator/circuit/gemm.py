@@ -6,19 +6,21 @@ from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from targets.accelerator.circuit.multiplier import Kind, Multiplier
+from targets.accelerator.circuit.multiplier import Copy, Kind, Multiplier
 from targets.accelerator.circuit.parts import Countdown, Front, delayed, fields, lanes, signal
 from targets.accelerator.design import Design
 from targets.accelerator.isa import BITS, Gemm, Unit
 
 PRODUCTS = 5
 """Cycles from a row's address to its products: a register, the buffer, another register, the multipliers' two."""
+EARLY = 4
+"""Cycles that POST's tokens come before that: it reads its first row five cycles after it can take one."""
 
 
 class GemmUnit(wiring.Component):
     """POST's token, which says that a bank may be written, is taken when a tile is there; the others before it is read.
 
-    Tokens are given when the last sums lie in their bank.
+    Tokens are given when the last sums lie in their bank, but for POST's, which takes some time to begin to read.
 
     Buffers answer in the cycle after an address; `sums_*` are the two banks, of which one is read and written here.
     """
@@ -53,6 +55,7 @@ class GemmUnit(wiring.Component):
         now, running, row, row_out, last = self._run(m, swap, held & ready & free, bits)
         sums = self._multiply(m, delayed(m, swap, 3, "swap")[3], shadow)
         active, signals = delayed(m, running, at, "active"), Signal(4)
+        ending = delayed(m, last, at, "ending")
         with m.If(last):
             m.d.sync += signals.eq(now.signals)
         self._accumulate(
@@ -61,7 +64,7 @@ class GemmUnit(wiring.Component):
         )  # fmt: skip
         m.d.sync += self.input_row.eq(row)
         m.d.comb += [
-            self.give.eq(signals & delayed(m, last, at, "ending")[at].replicate(4)),
+            self.give.eq(signals & Cat(ending[at - EARLY if 1 << k == Unit.POST else at] for k in range(4))),
             self.busy.eq(front.go | held | Cat(*active).any()),
         ]  # fmt: skip
         return m
@@ -139,11 +142,12 @@ class GemmUnit(wiring.Component):
         m.d.sync += inputs.eq(self.inputs)
         found = []
         for c in range(d.columns):
-            parts, mine = list[Any](), Signal(name=f"take_{c}", reset_less=True, attrs={"keep": 1})  # near its column
-            m.d.sync += mine.eq(take)
+            parts = list[Any]()
+            m.submodules[f"take_{c}"] = mine = Copy(self.kind)
+            m.d.comb += mine.given.eq(take)
             for r, x in enumerate(lanes(inputs, 8, sign=True)):
                 m.submodules[f"multiplier_{r}_{c}"] = one = Multiplier(self.kind, 8, 8)
-                m.d.comb += [one.a.eq(x), one.b.eq(shadow[r][c]), one.take.eq(mine)]
+                m.d.comb += [one.a.eq(x), one.b.eq(shadow[r][c]), one.take.eq(mine.held)]
                 parts.append(one.product)
             while len(parts) > 1:
                 level = []

@@ -1,4 +1,4 @@
-"""Multipliers with registers at both ends, as FPGAs have them: operands in one cycle, the product two cycles on."""
+"""What FPGAs have ready made: multipliers with registers at both ends, and registers where they are wanted."""
 
 from typing import Any, Literal
 
@@ -8,6 +8,25 @@ from amaranth.lib.wiring import In, Out
 
 Kind = Literal["plain", "ecp5"]
 """Left to the synthesiser, or a MULT18X18D of Lattice's ECP5, which it does not give input and output registers."""
+
+
+class Copy(wiring.Component):
+    """A register near those who read it, which the synthesiser of an ECP5 does not merge with its like."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+        super().__init__({"given": In(1), "held": Out(1)})
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        if self.kind == "plain":
+            m.d.sync += self.held.eq(self.given)
+            return m
+        m.submodules.register = Instance(
+            "TRELLIS_FF", i_CLK=ClockSignal(), i_LSR=Const(0), i_CE=Const(1), i_DI=self.given, o_Q=self.held,
+            p_CLKMUX="CLK", p_CEMUX="1", p_LSRMUX="LSR", p_REGSET="RESET", p_SRMODE="LSR_OVER_CE", p_GSR="DISABLED",
+        )  # fmt: skip
+        return m
 
 
 class Multiplier(wiring.Component):

@@ -2,33 +2,30 @@
 
 from typing import Any
 
-from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal, signed
+from amaranth.hdl import Array, Cat, Const, Module, Mux, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
 from targets.accelerator.arithmetic import FRACTION_BITS
 from targets.accelerator.circuit.multiplier import Kind, Multiplier
 from targets.accelerator.circuit.parts import Countdown, Front, delayed, fields, lanes, signal
-from targets.accelerator.circuit.rounding import CYCLES, to_grid
+from targets.accelerator.circuit.rounding import CYCLES, ZERO, to_grid
 from targets.accelerator.design import Design
 from targets.accelerator.isa import BITS, Post, Reduce, Source, Unit
 from targets.accelerator.parameters import CHANNEL, FACTORS, GRIDS, Fields
 
 PICK = 6
 """Cycles from the last row of a window until the parameters of its first lanes are asked for."""
-STEP = 6
+STEP = 7
 """Cycles from there until a lane's product is complete."""
-ADD = 4
+ADD = 5
 """Cycles from the first step's result until what the second rounds."""
-WRITE = STEP + CYCLES + ADD + CYCLES + 1
+FIRST, SECOND = STEP + CYCLES, STEP + CYCLES + ADD + CYCLES
+"""Cycles from asking for parameters until each step's result."""
+WRITE = SECOND + 1
 """Cycles from asking for parameters until the result is written."""
 GAP = PICK + 1
 """Cycles that lie at least between an instruction's last part and the first of the next."""
-HEADER = (3, 10, 17)
-"""Cycles from asking for the first parameters until each register that hands on an instruction's header has it.
-
-A register keeps it for `GAP` cycles at least; the first step and the factors are read from the second, then the rest.
-"""
 
 
 class PostUnit(wiring.Component):
@@ -53,6 +50,8 @@ class PostUnit(wiring.Component):
         m.submodules.front = front = Front()
         wiring.connect(m, wiring.flipped(self.queue), front.queue)
         bits, active, starting = signal(BITS, "bits"), Signal(), Signal()
+        self.held = signal(self.design.lanes * 64, "held")  # of the parameters
+        m.d.sync += self.held.eq(self.parameters)
         now = fields(Post, bits)
         m.d.comb += [front.available.eq(self.available), self.take.eq(front.take), front.free.eq(~active)]
         m.d.sync += starting.eq(front.go)
@@ -62,8 +61,8 @@ class PostUnit(wiring.Component):
         fired = delayed(m, fire, PICK - 1, "fired")[-1]
         part, valid, row = self._parts(m, now, starting, fired)
         rows = self._capture(m, now, first, fire)
-        steps = self._header(m, now, starting, fired, valid)
-        results = self._compute(m, rows, part, *steps)
+        header = self._header(m, now, starting, fired, valid)
+        results = self._compute(m, rows, part, header)
         groups = self.design.columns // self.design.lanes
         ends = delayed(m, final, PICK + groups + WRITE, "ends")
         with m.If(ends[groups + 2]):  # the next one's header is asked for when the last part has been
@@ -91,7 +90,7 @@ class PostUnit(wiring.Component):
         along, under = Countdown(m, len(now.window_x), "along"), Countdown(m, len(now.window_y), "under")
         idle, missing = Countdown(m, 5, "idle"), Signal(5)
         then, area, short = fields(Post, front.instruction), Signal(8), Signal()
-        m.d.sync += area.eq(sum(Mux(bit, then.window_x << k, 0) for k, bit in enumerate(then.window_y)))  # no multiplier
+        m.d.sync += area.eq(sum(Mux(bit, then.window_x << k, 0) for k, bit in enumerate(then.window_y)))
         # First rows: of a window, of its line, of a line of windows.
         at, window, line, column = Signal(12), Signal(12), Signal(12), Signal(12)
         last = across.last & down.last
@@ -109,22 +108,18 @@ class PostUnit(wiring.Component):
             along.load(now.window_x)
             under.load(now.window_y)
 
-        with m.If(starting):
-            m.d.sync += [
-                running.eq(1), idling.eq(0), missing.eq(groups - area), short.eq(area < groups),
-                column.eq(0),
-            ]  # fmt: skip
-            begin(0)
-            across.load(now.nx)
-            down.load(now.ny)
-        with m.Elif(running):
-            with m.If(fire & short):
-                m.d.sync += idling.eq(1)
-                idle.load(missing)
+        with m.If(~running):
+            m.d.sync += [running.eq(starting), missing.eq(groups - area), short.eq(area < groups), at_first.eq(1)]
+            for loop, turns in ((across, now.nx), (down, now.ny), (along, now.window_x), (under, now.window_y)):
+                loop.load(turns)
+        with m.Else():
+            m.d.sync += idling.eq(fire & short | idling & ~idle.last)
             with m.If(idling):
                 idle.step()
+            with m.Else():
+                idle.load(missing)
             with m.If(ahead):
-                m.d.sync += [idling.eq(0), running.eq(~last)]
+                m.d.sync += running.eq(~last)
                 with m.If(across.last):
                     m.d.sync += column.eq(column + now.step_y)
                     begin(column + now.step_y)
@@ -142,6 +137,10 @@ class PostUnit(wiring.Component):
                 with m.Else():
                     m.d.sync += at.eq(at + 1)
                     along.step()
+        clear = Signal()  # a register, as many wait for it
+        m.d.sync += clear.eq(~running & ~front.go & ~starting)
+        with m.If(clear):
+            m.d.sync += [one.eq(0) for one in (at, window, line, column)]
         return running, first, fire, final
 
     def _parts(self, m: Module, now: Any, starting: Signal, fired: Signal) -> tuple[Signal, Signal, Signal]:
@@ -185,8 +184,8 @@ class PostUnit(wiring.Component):
 
     def _header(
         self, m: Module, now: Any, starting: Signal, fired: Signal, valid: Signal
-    ) -> tuple[dict[str, Signal], dict[str, Signal]]:
-        """The parameters' rows, the header first; what it says, for the first step and, later, for the end."""
+    ) -> "_Header":
+        """The parameters' rows, the header first, and what it says."""
         with m.If(starting):
             m.d.sync += self.parameter_row.eq(now.parameters)
         with m.Elif(fired):
@@ -197,39 +196,32 @@ class PostUnit(wiring.Component):
         m.d.sync += opening.eq(starting | (opening & ~valid))
         words = {"add": now.add}
         for k, places in enumerate((GRIDS, FACTORS)):
-            words |= dict(_parts_of(self.parameters[64 * k :], places))
-        moves = delayed(m, opening & valid, HEADER[-1] - 1, "moves")
-        found = [_held(m, delayed(m, starting, 2, "header")[-1], words, "header")]
-        for k, at in enumerate(HEADER):
-            found.append(_held(m, moves[at - 1], found[-1], f"header_{k}"))
-        return found[2], found[3]
+            words |= dict(_parts_of(self.held[64 * k :], places))
+        return _Header(m, words, delayed(m, starting, 3, "header")[-1], opening & valid)
 
-    def _compute(
-        self, m: Module, rows: tuple[Signal, Signal], part: Signal, first: dict[str, Any], second: dict[str, Any]
-    ) -> list[Signal]:
+    def _compute(self, m: Module, rows: tuple[Signal, Signal], part: Signal, header: "_Header") -> list[Signal]:
         """Both steps, in each lane."""
         d, (row, other) = self.design, rows
         at = delayed(m, part, 2, "at")
-        parameters = signal(d.lanes * 64, "channels")
         values, others = signal(d.lanes * 32, "values"), signal(d.lanes * 8, "others")
         m.d.sync += [
-            parameters.eq(self.parameters), values.eq(Array(lanes(row, d.lanes * 32))[at[1]]),
+            values.eq(Array(lanes(row, d.lanes * 32))[at[1]]),
             others.eq(Array(lanes(other, d.lanes * 8))[at[1]]),
         ]  # fmt: skip
         found = []
         for q in range(d.lanes):
-            words = dict(_parts_of(parameters[64 * q :], CHANNEL))
+            words = dict(_parts_of(self.held[64 * q :], CHANNEL))
             value = lanes(values, 32, sign=True)[q]
-            beside = delayed(m, lanes(others, 8, sign=True)[q], STEP - 2 + CYCLES, f"beside_{q}")[-1]
-            one = self._scaled(m, value, words, first, q)
-            two = self._added(m, one, beside, first, second, q)
+            beside = delayed(m, lanes(others, 8, sign=True)[q], FIRST - 2, f"beside_{q}")[-1]
+            one = self._scaled(m, value, words, header, q)
+            two = self._added(m, one, beside, header, q)
             skipped = delayed(m, one, ADD + CYCLES, f"skipped_{q}")[-1]
             result = signal(8, f"result_{q}")
-            m.d.sync += result.eq(Mux(second["add"], two, skipped))
+            m.d.sync += result.eq(Mux(header.at("add", SECOND), two, skipped))
             found.append(result)
         return found
 
-    def _scaled(self, m: Module, value: Any, words: dict[str, Any], grids: dict[str, Signal], q: int) -> Signal:
+    def _scaled(self, m: Module, value: Any, words: dict[str, Any], header: "_Header", q: int) -> Signal:
         """round((value + bias) * multiplier / 2^shift) + zero; the value and its words lie in registers."""
         total, multiplier = signal(32, f"total_{q}", sign=True), signal(18, f"factor_{q}", sign=True)
         m.d.sync += [total.eq(value + words["bias"]), multiplier.eq(words["multiplier"])]
@@ -238,36 +230,58 @@ class PostUnit(wiring.Component):
         for name, half in zip(("low", "high"), halves, strict=True):
             m.submodules[f"scale_{name}_{q}"] = one = Multiplier(self.kind, len(half), 18)
             m.d.comb += [one.a.eq(half), one.b.eq(multiplier)]
-            products.append(one.product)
+            products.append(delayed(m, one.product, 1, f"scaled_{name}_{q}")[1])
         product = signal(49, f"product_{q}", sign=True)
         m.d.sync += product.eq((products[1] << 16) + products[0])
         shift = delayed(m, words["shift"], STEP - 2, f"shift_{q}")[-1]
-        return to_grid(m, product, shift, grids["zero"], grids["low"], grids["high"], f"scaled_{q}")
+        return to_grid(m, product, shift, header.grid(("zero", "low", "high"), STEP), f"scaled_{q}")
 
-    def _added(
-        self, m: Module, own: Signal, other: Any, first: dict[str, Any], second: dict[str, Any], q: int
-    ) -> Signal:
+    def _added(self, m: Module, own: Signal, other: Any, header: "_Header", q: int) -> Signal:
         """The second step: what is beside it, scaled as it is itself."""
         parts = []
-        for name, value, zero in (("own", own, first["zero"]), ("other", other, first["other_zero"])):
+        for name, value, zero in (("own", own, "zero"), ("other", other, "other_zero")):
             steps = signal(9, f"{name}_steps_{q}", sign=True)
-            m.d.sync += steps.eq(value - zero)
+            m.d.sync += steps.eq(value - header.at(zero, FIRST))
             m.submodules[f"add_{name}_{q}"] = one = Multiplier(self.kind, 9, 18)
-            m.d.comb += [one.a.eq(steps), one.b.eq(Cat(first[name], Const(0, 1)).as_signed())]
-            parts.append(one.product)
-        total = signal(28, f"sum_{q}", sign=True)
+            m.d.comb += [one.a.eq(steps), one.b.eq(Cat(header.at(name, FIRST + 1), Const(0, 1)).as_signed())]
+            parts.append(delayed(m, one.product, 1, f"added_{name}_{q}")[1])
+        total, at = signal(28, f"sum_{q}", sign=True), FIRST + ADD
         m.d.sync += total.eq(parts[0] + parts[1])
-        return to_grid(
-            m, total, first["sum_shift"], second["sum_zero"], second["sum_low"], second["sum_high"], f"added_{q}"
-        )
+        grid = header.grid(("sum_zero", "sum_low", "sum_high"), at)
+        return to_grid(m, total, header.at("sum_shift", at), grid, f"added_{q}")
 
 
-def _held(m: Module, when: Signal, values: dict[str, Any], name: str) -> dict[str, Signal]:
-    """Registers that take the values over at certain times."""
-    found = {key: Signal.like(value, name=f"{name}_{key}", reset_less=True) for key, value in values.items()}
-    with m.If(when):
-        m.d.sync += [one.eq(values[key]) for key, one in found.items()]
-    return found
+class _Header:
+    """What an instruction's header says, which moves along the pipeline ahead of the instruction's first part.
+
+    A register hands it on to the next after `GAP` cycles; the first one has it three cycles before the
+    instruction's first parameters are asked for.
+    """
+
+    def __init__(self, m: Module, words: dict[str, Any], come: Signal, first: Any) -> None:
+        self.words = [self._held(m, come, words, 0)]
+        last = WRITE // GAP * GAP + 3
+        moves = delayed(m, first, last, "moves")
+        for at in range(3, last + 1, GAP):
+            self.words.append(self._held(m, moves[at - 1], self.words[-1], at))
+
+    def at(self, name: str, first: int, last: int | None = None) -> Signal:
+        """A field, in the cycles from `first` to `last` after a part's parameters were asked for."""
+        number = (first - 3) // GAP
+        assert ((first if last is None else last) - 3) // GAP == number
+        return self.words[number + 1][name]
+
+    def grid(self, names: tuple[str, str, str], at: int) -> tuple[Signal, Signal, Signal]:
+        """Zero, lowest and highest value for a `to_grid` that begins so many cycles after that."""
+        zero, low, high = names
+        return self.at(zero, at + ZERO), *(self.at(name, at + ZERO + 1, at + ZERO + 2) for name in (low, high))
+
+    @staticmethod
+    def _held(m: Module, when: Any, values: dict[str, Any], number: int) -> dict[str, Signal]:
+        found = {name: Signal.like(one, name=f"{name}_at_{number}", reset_less=True) for name, one in values.items()}
+        with m.If(when):
+            m.d.sync += [one.eq(values[name]) for name, one in found.items()]
+        return found
 
 
 def _parts_of(word: Any, places: Fields) -> list[tuple[str, Any]]:

@@ -2,26 +2,27 @@
 
 from typing import Any
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed
+from amaranth.hdl import Cat, Module, Mux, Signal
 
-from targets.accelerator.circuit.parts import delayed
+from targets.accelerator.circuit.parts import delayed, signal
 
-CYCLES = 6
-"""From a value to its clamped result, both in registers."""
+CYCLES, ZERO = 7, 4
+"""From a value to its clamped result, both in registers, and to when the zero is added; the bounds are read then."""
 _KEPT = 18
 
 
-def to_grid(m: Module, value: Any, shift: Any, zero: Any, low: Any, high: Any, name: str) -> Signal:
-    """clamp(round(value / 2^shift) + zero, low, high), halves rounded up, 6 cycles on.
+def to_grid(m: Module, value: Any, shift: Any, grid: tuple[Any, Any, Any], name: str) -> Signal:
+    """clamp(round(value / 2^shift) + zero, low, high), halves rounded up, `CYCLES` on.
 
     Args:
-        shift: 1 to 48, in the same cycle as the value; the grid stays the same all the time.
+        shift: 1 to 48, in the same cycle as the value.
+        grid: zero, `ZERO` cycles after the value; low and high in the two cycles after that.
     """
-    width = len(value)
-    less = Signal(6, reset_less=True, name=f"{name}_less")  # one step less, so that the half is still there
-    wide = Signal(signed(width), reset_less=True, name=f"{name}_wide")
+    (zero, low, high), width = grid, len(value)
+    less = signal(6, f"{name}_less")  # one step less, so that the half is still there
+    wide = signal(width, f"{name}_wide", sign=True)
     m.d.sync += [less.eq(shift - 1), wide.eq(value)]
-    coarse, fine = Signal(signed(width), reset_less=True, name=f"{name}_coarse"), Signal(signed(width), reset_less=True, name=f"{name}_fine")
+    coarse, fine = signal(width, f"{name}_coarse", sign=True), signal(width, f"{name}_fine", sign=True)
     with m.Switch(less[3:6]):
         for k in range(6):
             with m.Case(k):
@@ -29,20 +30,15 @@ def to_grid(m: Module, value: Any, shift: Any, zero: Any, low: Any, high: Any, n
         with m.Default():
             m.d.sync += coarse.eq(wide >> (width - 1))
     m.d.sync += fine.eq(coarse >> delayed(m, less[:3], 1, f"{name}_rest")[1])
-    kept, sign = Signal(signed(_KEPT), reset_less=True, name=f"{name}_kept"), Signal(reset_less=True, name=f"{name}_sign")
-    over = Signal(reset_less=True, name=f"{name}_over")
+    kept, sign = signal(_KEPT, f"{name}_kept", sign=True), signal(1, f"{name}_sign")
+    over = signal(1, f"{name}_over")
     top = fine[_KEPT - 1 :]
     m.d.sync += [kept.eq(fine[:_KEPT]), sign.eq(fine[-1]), over.eq(Mux(fine[-1], ~top.all(), top.any()))]
-    moved = Signal(signed(_KEPT), reset_less=True, name=f"{name}_moved")
+    moved = signal(_KEPT, f"{name}_moved", sign=True)
     bounded = Mux(over, Cat((~sign).replicate(_KEPT - 1), sign).as_signed(), kept)
     m.d.sync += moved.eq(((bounded + 1) >> 1) + zero)
-    found = Signal(signed(8), reset_less=True, name=f"{name}_found")
-    m.d.sync += found.eq(Mux(moved > high, high, Mux(moved < low, low, moved)))
-    return found
-
-
-def held(m: Module, bits: Any, name: str) -> Signal:
-    """A register that follows the bits."""
-    found = Signal.like(Const(0, len(bits)), name=name, reset_less=True)
-    m.d.sync += found.eq(bits)
+    above, below = (signal(1, f"{name}_{side}") for side in ("above", "below"))
+    m.d.sync += [above.eq(moved > high), below.eq(moved < low)]
+    inside, found = (signal(8, f"{name}_{what}", sign=True) for what in ("inside", "found"))
+    m.d.sync += [inside.eq(moved), found.eq(Mux(above, high, Mux(below, low, inside)))]
     return found

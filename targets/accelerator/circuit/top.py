@@ -80,7 +80,7 @@ class Accelerator(wiring.Component):
         for which, name, words, depth, address, data in buffers:
             write, read = buffer(m, name, words * 64, depth, 64)
             mine = load.filling & (fill.memory == which)
-            row, word, enable = signal(14, "row"), signal(64, "word"), Signal(words)  # registers of its own, near to each buffer
+            row, word, enable = signal(14, "row"), signal(64, "word"), Signal(words)  # of its own, near to each buffer
             m.d.sync += [row.eq(fill.row), word.eq(fill.word)]
             for k in range(words):
                 lane, part = divmod(k, d.block_words)
