@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from targets.accelerator.arithmetic import Addition, Int8, Scaling, Step
 from targets.accelerator.design import Design
 from targets.accelerator.isa import encode
-from targets.accelerator.layers import Contraction, Layer, Pooling, Window
+from targets.accelerator.layers import Contraction, Layer, Pooling, Product, Window
 from targets.accelerator.tensors import Place
 from targets.accelerator.tiling import Compiler
 from targets.accelerator.tokens import check, synchronised
@@ -57,6 +57,8 @@ def compiled(layer: Layer, shape: tuple[int, int, int], design: Design, seed: in
     other: Place | None = None
     if layer.step.addition is not None and isinstance(layer, Contraction):
         other = compiler.place(len(layer.weights), *results)
+    if isinstance(layer, Product):
+        other = compiler.place(layer.channels, shape[1], shape[0])
     target = compiler.layer(layer, source, other)
     program = synchronised(compiler.program(), design, compiler.words)
     check(program, design, compiler.words)
@@ -65,15 +67,19 @@ def compiled(layer: Layer, shape: tuple[int, int, int], design: Design, seed: in
     source.write(x, memory, design)
     added = None
     if other is not None:
-        added = chance.integers(-128, 128, (other.channels, *results), np.int8)
+        added = chance.integers(-128, 128, (other.channels, other.height, other.width), np.int8)
         other.write(added, memory, design)
     return Compiled(design, encode(program), memory, target, layer(x, added))
 
 
 @st.composite
 def layers(draw: st.DrawFn) -> tuple[Layer, tuple[int, int, int]]:
-    """Any window over any small picture; some weights, whole tiles of them too, are zero."""
+    """Any window over any small picture, or a product; some weights, whole tiles of them too, are zero."""
     chance = np.random.default_rng(draw(st.integers(0, 2**32)))
+    if draw(st.integers(0, 4)) == 0:
+        factors, heads, rows, channels = (draw(st.integers(1, most)) for most in (70, 4, 40, 40))
+        step = Step(scaling(chance, channels, 73 * 73 * factors**0.5), -11, -120, 127)
+        return Product(channels, step), (factors, heads, rows)
     size, step, spread = (tuple(draw(st.integers(1, n)) for _ in range(2)) for n in (4, 3, 2))
     pools = draw(st.booleans())
     pad = tuple(draw(st.integers(0, size[k % 2] - 1)) for k in range(4))

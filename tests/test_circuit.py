@@ -14,7 +14,7 @@ from targets.accelerator.arithmetic import Addition, Step
 from targets.accelerator.circuit import simulate, verilated
 from targets.accelerator.errors import ProgramError
 from targets.accelerator.isa import Gemm, Unit, encode
-from targets.accelerator.layers import Layer, Pooling, Window
+from targets.accelerator.layers import Layer, Pooling, Product, Window
 
 CHANCE = np.random.default_rng(1)
 SMALL_LAYERS: dict[str, tuple[Layer, tuple[int, int, int]]] = {
@@ -28,6 +28,7 @@ SMALL_LAYERS: dict[str, tuple[Layer, tuple[int, int, int]]] = {
         Pooling("largest", Window((3, 3), (2, 2), pad=(1, 1, 1, 1)), -128, Step(scaling(CHANCE, 12, 9e3), 5, -99, 99)),
         (12, 7, 5),
     ),
+    "product": (Product(12, Step(scaling(CHANCE, 12, 4e4), 5, -99, 99)), (10, 2, 7)),
     "sum": (Pooling("sum", Window((1, 2)), 3, Step(scaling(CHANCE, 12, 3e4), 5, -99, 99)), (12, 5, 5)),
 }
 

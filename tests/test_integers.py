@@ -23,8 +23,8 @@ from targets.accelerator import simulator
 from targets.accelerator.arithmetic import Int8
 from targets.accelerator.circuit import simulate
 from targets.accelerator.design import Design
-from targets.accelerator.layers import Contraction
-from targets.accelerator.network import Network, compile_network
+from targets.accelerator.layers import Contraction, Product
+from targets.accelerator.network import Network, compile_network, macs_of
 from targets.accelerator.partition import Partition, partition
 from targets.accelerator.reading import read
 from targets.base import Program
@@ -187,8 +187,38 @@ class Joined(nn.Module):
         return {"one": self.last(self.third(both).relu()), "two": both.amax((2, 3))}
 
 
+class Attention(nn.Module):
+    """A block of a vision transformer: 30 tokens, two heads of 12 channels; a task of them all, and one of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.qkv, self.out = nn.Conv2d(1, 24, 4, 4), nn.Linear(24, 72), nn.Linear(24, 24)
+        self.norm, self.up, self.down = nn.LayerNorm(24), nn.Linear(24, 40), nn.Linear(40, 24)
+        self.one, self.two = nn.Linear(24, 3), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.norm(x)).reshape(-1, 30, 3, 2, 12).permute(2, 0, 3, 1, 4).unbind(0)
+        seen = (0.3 * q @ k.transpose(2, 3)).softmax(-1) @ v
+        x = x + self.out(seen.transpose(1, 2).reshape(-1, 30, 24))
+        x = x + self.down(self.up(x).relu())
+        return {"one": self.one(x.mean(1)), "two": self.two(x)}
+
+
+def test_products_of_two_values_are_the_accelerators(tmp_path: Path) -> None:
+    _, parts = split(Attention, tmp_path, "one", "two")
+    products = [node for network in parts.networks for node in network.nodes if isinstance(node.layer, Product)]
+    shapes = [[network.values[name].shape for name in (node.source, node.other or "")]
+              for network in parts.networks for node in network.nodes if node in products]  # fmt: skip
+    assert shapes == [[(12, 2, 30), (30, 2, 12)], [(30, 2, 30), (12, 2, 30)]]
+    macs = sum(macs_of(node, network.values) for network in parts.networks for node in network.nodes)
+    assert macs == 30 * (16 * 24 + 24 * 72 + 2 * 30 * 24 + 24 * 24 + 2 * 24 * 40)
+    assert {grid.grid.zero for network in parts.networks for node in network.nodes if node in products
+            for grid in (network.values[node.source], network.values[node.other or ""])} == {0}  # fmt: skip
+
+
 @pytest.mark.compile
-@pytest.mark.parametrize(("module", "runs"), [(Between, 2), (Joined, 3)])
+@pytest.mark.parametrize(("module", "runs"), [(Between, 2), (Joined, 3), (Attention, 5)])
 def test_host_and_accelerator_answer_together_as_onnx_runtime(
     module: type[nn.Module], runs: int, tmp_path: Path
 ) -> None:

@@ -49,7 +49,9 @@ def grids(
         CompressError: a contraction reads such a value.
     """
     finite = [name for name in where.values if histograms[name].finite]
-    values: dict[str, Grid] = {name: histograms[name].grid(rules[0], percentile) for name in finite}
+    values: dict[str, Grid] = {
+        name: histograms[name].grid(rules[0], percentile, centred=name in where.centred) for name in finite
+    }
     scales = {}
     for node in network.graph.nodes:
         if node.name in where.weighted:

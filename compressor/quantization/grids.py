@@ -38,6 +38,12 @@ class Grid:
         scale = float(torch.tensor(max((high - low) / (HIGHEST - LOWEST), _FINEST), dtype=torch.float32))
         return cls(scale, max(LOWEST, min(HIGHEST, LOWEST - round(low / scale))))
 
+    @classmethod
+    def centred(cls, low: float, high: float) -> "Grid":
+        """The finest grid from `low` to `high` whose zero is at 0."""
+        largest = max(-low, high, 0.0)
+        return cls(float(torch.tensor(max(largest / HIGHEST, _FINEST), dtype=torch.float32)), 0)
+
     @property
     def low(self) -> float:
         return (LOWEST - self.zero_point) * self.scale

@@ -1,6 +1,7 @@
 """Which values of a network are quantized: rules by operator, read from its trace.
 
-A contraction reads and writes grids. What adds, joins or averages works on grids where one of its operands has one.
+A contraction reads and writes grids; those of two values that are multiplied have their zeros at 0, as integers'
+products would need sums of either else. What adds, joins or averages works on grids where one of its operands has one.
 What moves, picks or clips values keeps the grid of what it reads. Everything else computes in floating point, and what
 it reads from a grid is converted back.
 """
@@ -45,12 +46,14 @@ class Points:
     Attributes:
         values: names of the nodes whose values are put on a grid of their own, in graph order.
         weighted: names of the contractions whose weight is put on a grid.
+        centred: those of the values whose grids have their zeros at 0.
         layers: names of all contractions that could be quantized, whether or not they were asked to stay as they are.
     """
 
     values: tuple[str, ...]
     weighted: tuple[str, ...]
     layers: tuple[str, ...]
+    centred: frozenset[str] = frozenset()
 
 
 def points(network: fx.GraphModule, whole: Collection[str] = (), answers: Collection[int] = ()) -> Points:
@@ -66,7 +69,8 @@ def points(network: fx.GraphModule, whole: Collection[str] = (), answers: Collec
     output = next(node for node in network.graph.nodes if node.op == "output")
     given = {answer for position, answer in enumerate(output.args[0]) if position not in answers}
     order = [node for node in network.graph.nodes if node in found.on_grid and not _only_answers(node, given, found)]
-    return Points(tuple(n.name for n in order), tuple(found.weighted), tuple(found.layers))
+    centred = frozenset(node.name for node in found.centred)
+    return Points(tuple(n.name for n in order), tuple(found.weighted), tuple(found.layers), centred)
 
 
 class _Points:
@@ -75,6 +79,7 @@ class _Points:
         self.on_grid: set[fx.Node] = set()
         self.constant: set[fx.Node] = set()  # the same for every input: weights, and what is computed of them
         self.keeps: set[fx.Node] = set()  # values on the grid of what they were made of
+        self.centred: set[fx.Node] = set()
         self.weighted: list[str] = []
         self.layers: list[str] = []
 
@@ -104,12 +109,20 @@ class _Points:
             return
         for read in reads:
             self._require(read)
+        if name in PRODUCTS and len(reads) > 1:
+            self.centred |= {self._origin(read) for read in reads}
         if any(n in self.constant for n in node.args[:2]):
             self.weighted.append(node.name)
         self.on_grid.add(_tail(node))
 
     def _has_grid(self, node: fx.Node) -> bool:
         return node in self.on_grid or node in self.keeps
+
+    def _origin(self, node: fx.Node) -> fx.Node:
+        """The value whose grid a node is on."""
+        while node not in self.on_grid:
+            node = node.all_input_nodes[0]
+        return node
 
     def _require(self, node: fx.Node) -> None:
         """Put a value on a grid, or that which only moving made it of."""

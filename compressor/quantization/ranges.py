@@ -47,18 +47,20 @@ class Histogram:
             for part in torch.split(flat, _EXACT):
                 self._counts += torch.histc(part, _BINS, -self._reach, self._reach).double()
 
-    def grid(self, rule: Rule, percentile: float) -> Grid:
+    def grid(self, rule: Rule, percentile: float, *, centred: bool = False) -> Grid:
         """The grid of these values.
 
         Args:
+            centred: whether its zero is at 0.
             percentile: share of all values (0-100), for that rule, outside of which as many are cut off at either end.
         """
+        spanning = Grid.centred if centred else Grid.spanning
         if rule == "minmax" or self._reach == 0.0:
-            return Grid.spanning(self.low, self.high)
+            return spanning(self.low, self.high)
         if rule == "percentile":
-            return Grid.spanning(*self._within(percentile))
+            return spanning(*self._within(percentile))
         shares = torch.linspace(1.0, 0.1, _STEPS).tolist()
-        tried = [Grid.spanning(self.low * share, self.high * share) for share in shares]
+        tried = [spanning(self.low * share, self.high * share) for share in shares]
         return min(tried, key=self._error)
 
     def _within(self, percentile: float) -> tuple[float, float]:

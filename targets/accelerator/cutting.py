@@ -5,8 +5,9 @@ from dataclasses import replace
 from targets.accelerator import simulator
 from targets.accelerator.isa import Store, encode
 from targets.accelerator.layers import Contraction, Layer
+from targets.accelerator.patches import Cut
 from targets.accelerator.tensors import Place
-from targets.accelerator.tiling import Compiler, Cut, cuts
+from targets.accelerator.tiling import Compiler, cuts
 from targets.accelerator.tokens import synchronised
 
 TRIED = 8
@@ -18,7 +19,7 @@ PATCHES = 8
 
 
 def fastest(compiler: Compiler, layer: Layer, source: Place, other: Place | None) -> Cut | None:
-    """The cut that takes the fewest cycles behind what is compiled so far; None for a pooling, which has none.
+    """The cut that takes the fewest cycles behind what is compiled so far; None for what has no cuts.
 
     Raises:
         ProgramError: none fits the buffers.

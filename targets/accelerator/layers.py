@@ -133,4 +133,28 @@ class Pooling:
         return requantized(lifted(found.transpose(1, 2, 0)), self.step).transpose(2, 0, 1)
 
 
-Layer = Contraction | Pooling
+@dataclass(frozen=True, slots=True)
+class Product:
+    """The products of two values, line by line: of attention's queries and keys, each head a line.
+
+    The second one has a channel for each channel of results, and a column for each channel of the first.
+
+    Attributes:
+        channels: of the results.
+    """
+
+    channels: int
+    step: Step
+
+    def results(self, height: int, width: int) -> Pair:
+        """Lines and columns of results."""
+        return height, width
+
+    def __call__(self, x: Int8, other: Int8 | None = None) -> Int8:
+        """int8 (channels, lines, columns) of int8 (factors, lines, columns) and (channels, lines, factors)."""
+        assert other is not None
+        sums = np.einsum("khw,nhk->hwn", x.astype(np.float64), other.astype(np.float64), optimize=True)
+        return requantized(sums.astype(np.int64), self.step).transpose(2, 0, 1)
+
+
+Layer = Contraction | Pooling | Product

@@ -7,7 +7,10 @@ from tvm import relax
 
 from targets.passes.walk import Walk, array_of, operator, rewrite
 
-MOVES = frozenset(("relax.split", "relax.strided_slice", "relax.concat", "relax.permute_dims", "relax.reshape"))
+MOVES = frozenset(
+    f"relax.{name}"
+    for name in ("split", "strided_slice", "concat", "permute_dims", "reshape", "squeeze", "expand_dims")
+)
 
 
 def moved_as_integers(module: tvm.IRModule) -> tvm.IRModule:

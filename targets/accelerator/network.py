@@ -10,7 +10,7 @@ from targets.accelerator.arithmetic import Int8
 from targets.accelerator.cutting import fastest
 from targets.accelerator.design import Design
 from targets.accelerator.isa import encode
-from targets.accelerator.layers import POINT, Contraction, Layer, Window
+from targets.accelerator.layers import POINT, Contraction, Layer, Product, Window
 from targets.accelerator.ordering import ordered
 from targets.accelerator.tensors import Place
 from targets.accelerator.tiling import Compiler
@@ -27,11 +27,16 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A tensor that the network computes or is given: int8 (channels, height, width)."""
+    """A tensor that the network computes or is given: int8 (channels, height, width).
+
+    Attributes:
+        last: whether the program's tensor has its channels last, (1, ..., channels), rather than (1, channels, ...).
+    """
 
     name: str
     shape: tuple[int, int, int]
     grid: Grid
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,7 @@ class Node:
     """A layer and the values that it reads and makes.
 
     Attributes:
-        other: what the layer's step adds.
+        other: what the layer's step adds, or the second operand of a product.
     """
 
     layer: Layer
@@ -80,7 +85,9 @@ class Network:
 
 
 def macs_of(node: Node, values: Mapping[str, Value]) -> int:
-    """Multiply-adds of a contraction, its groups' empty blocks left out; 0 for a pooling."""
+    """Multiply-adds of a contraction, its groups' empty blocks left out, or of a product; 0 for a pooling."""
+    if isinstance(node.layer, Product):
+        return int(np.prod(values[node.source].shape)) * node.layer.channels
     if not isinstance(node.layer, Contraction):
         return 0
     height, width = node.layer.window.results(*values[node.source].shape[1:])

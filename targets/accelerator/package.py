@@ -14,7 +14,7 @@ from profiles.settings import Settings, faults
 from targets.accelerator import simulator
 from targets.accelerator.design import WORD_BYTES, Design
 from targets.accelerator.isa import decode
-from targets.accelerator.layers import Contraction, Layer, Pooling, Window
+from targets.accelerator.layers import Contraction, Layer, Pooling, Product, Window
 from targets.accelerator.network import Executable, Network, Packing, macs_of
 from targets.accelerator.tensors import Place
 from targets.account import Call
@@ -212,6 +212,8 @@ def account(network: Network, built: Executable, function: str) -> Iterator[Call
 
 
 def _named(layer: Layer) -> str:
+    if isinstance(layer, Product):
+        return "product"
     if isinstance(layer, Pooling):
         return f"{'largest' if layer.kind == 'largest' else 'sum'} of {layer.window.size[0]} x {layer.window.size[1]}"
     return f"conv {layer.window.size[0]} x {layer.window.size[1]}"

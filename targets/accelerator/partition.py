@@ -10,7 +10,8 @@ from tvm import relax
 
 from targets.accelerator.moving import moved_as_integers
 from targets.accelerator.network import Network, Value
-from targets.accelerator.reading import Reading, Real, read, variables
+from targets.accelerator.pending import variables
+from targets.accelerator.reading import TURNED, Reading, Real, read
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class _Host:
     def _needed(self) -> set[Any]:
         """Variables that the answers and the runs are made of; of what a run makes, no further."""
         found = set[Any]()
-        inputs = {name for network in self.networks for name in network.inputs}
+        inputs = {name.removesuffix(TURNED) for network in self.networks for name in network.inputs}
         open_ones = variables(self.main.body.body) + [var for var in self.bound if var.name in inputs]
         while open_ones:
             var = open_ones.pop()
@@ -105,15 +106,37 @@ class _Host:
         name = self._made_by(var)
         if name is None:
             return self.builder.emit(_renewed(self.bound[var], self.emitted))
+        value = self.networks[self.run_of[name]].values[name]
+        tensor = self._as_program(value, var)
         if isinstance(self.known[var], Value):
-            return self.made[name]
-        grid = self.networks[self.run_of[name]].values[name].grid
-        steps = relax.const(np.float32(grid.scale)), relax.const(np.int8(grid.zero))
-        return self.builder.emit(relax.op.dequantize(self.made[name], *steps, axis=1, out_dtype="float32"))
+            return tensor
+        steps = relax.const(np.float32(value.grid.scale)), relax.const(np.int8(value.grid.zero))
+        axis = min(1, len(var.ty.shape) - 1)
+        return self.builder.emit(relax.op.dequantize(tensor, *steps, axis=axis, out_dtype="float32"))
+
+    def _as_program(self, value: Value, var: Any) -> Any:
+        """What a run made, as the tensor that it is in the program."""
+        made = self.made[value.name]
+        if not value.last:
+            return made
+        moved = self.builder.emit(relax.op.permute_dims(made, [0, 2, 3, 1]))
+        return self.builder.emit(relax.op.reshape(moved, [int(size) for size in var.ty.shape]))
+
+    def _as_picture(self, value: Value, tensor: Any) -> Any:
+        """A tensor of the program as a run takes it."""
+        if not value.last:
+            return tensor
+        channels, height, width = value.shape
+        whole = self.builder.emit(relax.op.reshape(tensor, [1, height, width, channels]))
+        return self.builder.emit(relax.op.permute_dims(whole, [0, 3, 1, 2]))
 
     def _call(self, run: int) -> None:
         network, by_name = self.networks[run], {var.name: new for var, new in self.emitted.items()}
-        given = relax.Tuple([self.made[name] if name in self.made else by_name[name] for name in network.inputs])
+        given = relax.Tuple([
+            self.made[name] if name in self.made
+            else self._as_picture(network.values[name], by_name[name.removesuffix(TURNED)])
+            for name in network.inputs
+        ])  # fmt: skip
         types = [relax.TensorType((1, *network.values[name].shape), "int8") for name in network.outputs]
         found = self.builder.emit(relax.call_dps_packed(f"{self.prefix}{run}", given, out_ty=types))
         parts: Sequence[Any] = [found]

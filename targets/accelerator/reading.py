@@ -7,31 +7,34 @@ another is a pooling of windows of one value.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tvm import ir, relax
 
 from targets.accelerator.arithmetic import FRACTION_BITS, Scaling, Step
-from targets.accelerator.layers import LARGEST_PAD, LARGEST_WINDOW, POINT, Contraction, Layer, Pooling, Window
+from targets.accelerator.layers import LARGEST_PAD, Layer, Pooling, Product, Window
 from targets.accelerator.merging import Sum, pooled, summed
 from targets.accelerator.network import Grid, Network, Node, Value
+from targets.accelerator.pending import (
+    PICTURE,
+    Constant,
+    Pending,
+    clipped,
+    contraction,
+    frame,
+    grid_of,
+    int8_by_output,
+    is_int8,
+    pair,
+    picture,
+    pools,
+    variables,
+)  # fmt: skip
 from targets.errors import TargetError
 
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Constant:
-    """integers * scale, the scale of its shape or broadcast to it; a plain constant has the scale 1."""
-
-    integers: NDArray[Any]
-    scale: Floats
-
-    @property
-    def real(self) -> Floats:
-        return self.integers * self.scale
+TURNED = ".turned"
+"""Behind the name of a tensor that the host gives with its channels elsewhere than under its own name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +42,6 @@ class Real:
     """A value of the network as the real numbers that it stands for."""
 
     name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A layer whose answer has no grid yet.
-
-    Attributes:
-        weights: of a contraction; None for a pooling, or a sum of two values.
-        bias: real, for each channel.
-        share: of a pooling, what a window's sum is multiplied by.
-        low, high: where the answer is clipped.
-    """
-
-    kind: Literal["contraction", "largest", "sum", "addition"]
-    source: str
-    other: str | None = None
-    weights: Constant | None = None
-    window: Window = POINT
-    groups: int = 1
-    bias: Floats | None = None
-    share: float = 1.0
-    low: float = -np.inf
-    high: float = np.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,36 +131,65 @@ class _Reader:
             return Constant(arg.value.numpy(), np.ones(()))
         return self.known.get(arg, arg)
 
-    def _value(self, var: Any, shape: Sequence[int], grid: Grid) -> Value:
-        found = Value(var.name, (shape[0], shape[1], shape[2]), grid)
+    def _value(self, var: Any, shape: Sequence[int], grid: Grid, *, last: bool) -> Value:
+        found = Value(var.name, (shape[0], shape[1], shape[2]), grid, last)
         self.values[found.name] = found
         return found
+
+    def _seen(self, real: Any, *, last: bool) -> Value | None:
+        """The value behind real numbers, with its channels where they have to be.
+
+        Of what the host gives, that is another value of the same tensor where it was taken the other way before.
+        """
+        value = self.values[real.name] if isinstance(real, Real) else None
+        if value is None or value.last == last:
+            return value
+        made, turned = {node.result for node in self.nodes}, f"{value.name}{TURNED}"
+        if value.name in made:
+            return None
+        if turned not in self.values:
+            channels, height, width = value.shape
+            shape = (channels, height, width) if value.last else (width, channels, height)
+            self.values[turned] = replace(value, name=turned, shape=shape, last=last)
+            self.runs[turned] = self.runs[value.name]
+        return self.values[turned]
 
     # --- operators: what they make of their operands, or None where the host has to
 
     def quantize(self, var: Any, args: list[Any], call: Any) -> Value | None:
         x, scale, zero = args[:3]
-        grid, shape = _grid(scale, zero), _picture(var)
-        if grid is None or shape is None or not _is_int8(var):
+        grid = grid_of(scale, zero)
+        if grid is None or not is_int8(var):
             return None
         if isinstance(x, Real):
             x = Pending("largest", x.name)
         if isinstance(x, Pending):
-            self._finish(x, value := self._value(var, shape, grid))
+            last = self.values[x.source].last
+            if (shape := picture(var, last=last)) is None:
+                return None
+            self._finish(x, value := self._value(var, shape, grid, last=last))
             return value
         if isinstance(x, relax.Var):
-            self.runs[var.name] = self.levels.get(x, 0)
-            return self._value(var, shape, grid)
+            return self._given(var, grid, self.levels.get(x, 0))
         return None
+
+    def _given(self, var: Any, grid: Grid, level: int) -> Value | None:
+        """What the host gives: with its channels last, but for pictures."""
+        last = len(var.ty.shape) != PICTURE
+        if (shape := picture(var, last=last)) is None:
+            return None
+        self.runs[var.name] = level
+        return self._value(var, shape, grid, last=last)
 
     def dequantize(self, var: Any, args: list[Any], call: Any) -> Real | Constant | None:
         x, scale, zero = args[:3]
         if isinstance(x, Value):
-            return Real(x.name) if _grid(scale, zero) == x.grid else None
-        if isinstance(x, relax.Var) and (grid := _grid(scale, zero)) and (shape := _picture(x)) and _is_int8(x):
-            self.runs[x.name] = self.levels.get(x, 0)
-            self.known[x] = self._value(x, shape, grid)
-            return Real(x.name)
+            return Real(x.name) if grid_of(scale, zero) == x.grid else None
+        if isinstance(x, relax.Var) and (grid := grid_of(scale, zero)) and is_int8(x):
+            value = self._given(x, grid, self.levels.get(x, 0))
+            if value is not None:
+                self.known[x] = value
+                return Real(x.name)
         if isinstance(x, Constant) and isinstance(scale, Constant) and isinstance(zero, Constant):
             along = [-1 if d == int(call.attrs.axis) % max(1, x.integers.ndim) else 1 for d in range(x.integers.ndim)]
             parts = [p.integers.reshape(along) if p.integers.size > 1 else p.integers for p in (scale, zero)]
@@ -200,42 +209,63 @@ class _Reader:
         return Constant(x.integers.transpose(axes), wide.transpose(axes))
 
     def conv2d(self, var: Any, args: list[Any], call: Any) -> Pending | None:
-        x, weights = args
-        if not isinstance(x, Real) or not isinstance(weights, Constant) or not _int8_by_output(weights):
+        x, weights = self._seen(args[0], last=False), args[1]
+        if x is None or not isinstance(weights, Constant) or not int8_by_output(weights):
             return None
         how, size = call.attrs, weights.integers.shape[2:]
-        window = Window((size[0], size[1]), _pair(how.strides), _pair(how.dilation), _frame(how.padding))
+        window = Window((size[0], size[1]), pair(how.strides), pair(how.dilation), frame(how.padding))
         if max(window.pad) > LARGEST_PAD:
             return None
         return Pending("contraction", x.name, weights=weights, window=window, groups=int(how.groups))
 
+    def matmul(self, var: Any, args: list[Any], call: Any) -> Pending | None:
+        """By a constant matrix, or of two values whose grids have their zeros at 0.
+
+        A single row is left to the host: the array would wait for the weights, each of which it needs once.
+        """
+        x, y = self._seen(args[0], last=True), args[1]
+        if x is None or x.shape[1:] == (1, 1):
+            return None
+        if isinstance(y, Constant):
+            if y.integers.ndim != 2 or (y.scale.ndim == 2 and y.scale.shape[0] != 1):
+                return None
+            columns = y.scale.reshape(-1, 1, 1, 1) if y.scale.size > 1 else y.scale
+            weights = Constant(np.ascontiguousarray(y.integers.T)[:, :, None, None], columns)
+            return Pending("contraction", x.name, weights=weights) if int8_by_output(weights) else None
+        other = self._seen(y, last=True)
+        if other is None or x.grid.zero or other.grid.zero or len(var.ty.shape) != len(call.args[1].ty.shape):
+            return None
+        if (x.shape[0], x.shape[1]) != (other.shape[2], other.shape[1]):
+            return None
+        return Pending("product", x.name, other.name)
+
     def max_pool2d(self, var: Any, args: list[Any], call: Any) -> Real | None:
-        x, how = args[0], call.attrs
-        if not isinstance(x, Real) or bool(how.ceil_mode) or _pair(how.dilation) != (1, 1):
+        x, how = self._seen(args[0], last=False), call.attrs
+        if x is None or bool(how.ceil_mode) or pair(how.dilation) != (1, 1):
             return None
-        window, shape = Window(_pair(how.pool_size), _pair(how.strides), (1, 1), _frame(how.padding)), _picture(var)
-        if shape is None or not _pools(window):
+        window, shape = Window(pair(how.pool_size), pair(how.strides), (1, 1), frame(how.padding)), picture(var)
+        if shape is None or not pools(window):
             return None
-        self._finish(Pending("largest", x.name, window=window), self._value(var, shape, self.values[x.name].grid))
+        self._finish(Pending("largest", x.name, window=window), self._value(var, shape, x.grid, last=False))
         return Real(var.name)
 
     def avg_pool2d(self, var: Any, args: list[Any], call: Any) -> Pending | None:
-        x, how = args[0], call.attrs
-        frame = _frame(how.padding)
-        if not isinstance(x, Real) or bool(how.ceil_mode) or (any(frame) and not bool(how.count_include_pad)):
+        x, how = self._seen(args[0], last=False), call.attrs
+        around = frame(how.padding)
+        if x is None or bool(how.ceil_mode) or (any(around) and not bool(how.count_include_pad)):
             return None
-        window = Window(_pair(how.pool_size), _pair(how.strides), (1, 1), frame)
-        if not _pools(window):
+        window = Window(pair(how.pool_size), pair(how.strides), (1, 1), around)
+        if not pools(window):
             return None
         return Pending("sum", x.name, window=window, share=1 / (window.size[0] * window.size[1]))
 
     def mean(self, var: Any, args: list[Any], call: Any) -> Pending | None:
-        x = args[0]
+        x = self._seen(args[0], last=False)
         axes = call.attrs.axis
-        if not isinstance(x, Real) or axes is None or sorted(int(a) % 4 for a in axes) != [2, 3]:
+        if x is None or axes is None or sorted(int(a) % 4 for a in axes) != [2, 3]:
             return None
-        size = self.values[x.name].shape[1:]
-        if not _pools(Window(size)):
+        size = x.shape[1:]
+        if not pools(Window(size)):
             return None
         return Pending("sum", x.name, window=Window(size), share=1 / (size[0] * size[1]))
 
@@ -243,15 +273,20 @@ class _Reader:
         x, y = args
         if isinstance(x, Constant):
             x, y = y, x
-        if isinstance(x, Pending) and isinstance(y, Constant) and x.kind == "contraction" and not _clipped(x):
+        if isinstance(x, Pending) and isinstance(y, Constant) and x.kind == "contraction" and not clipped(x):
             channels = x.weights.integers.shape[0] if x.weights is not None else 0
-            along_channels = y.real.ndim >= 3 and y.real.shape[-3] == y.real.size == channels
+            dim = 1 if self.values[x.source].last else 3
+            along_channels = y.real.ndim >= dim and y.real.shape[-dim] == y.real.size == channels
             if y.real.size != 1 and not along_channels:
                 return None
             bias = np.zeros(channels) if x.bias is None else x.bias
             return replace(x, bias=bias + y.real.reshape(-1))
-        if isinstance(x, Real) and isinstance(y, Real) and self.values[x.name].shape == self.values[y.name].shape:
-            return Pending("addition", x.name, y.name)
+        if not isinstance(x, Real) or not isinstance(y, Real):
+            return None
+        for like in (x, y):
+            own, other = (self._seen(one, last=self.values[like.name].last) for one in (x, y))
+            if own is not None and other is not None and own.shape == other.shape:
+                return Pending("addition", own.name, other.name)
         return None
 
     def clip(self, var: Any, args: list[Any], call: Any) -> Pending | None:
@@ -278,8 +313,15 @@ class _Reader:
             self.nodes.append(Sum(made.source, made.other, result.name, low, high))
             return
         layer: Layer
+        if made.kind == "product":
+            assert made.other is not None
+            real = source.grid.scale * self.values[made.other].grid.scale * made.share / grid.scale
+            channels = result.shape[0]
+            step = Step(Scaling.of(np.full(channels, real), np.zeros(channels)), grid.zero, low, high)
+            self.nodes.append(Node(Product(channels, step), made.source, result.name, made.other))
+            return
         if made.kind == "contraction":
-            layer = _contraction(made, source.grid, grid, low, high)
+            layer = contraction(made, source.grid, grid, low, high)
         else:
             taps = made.window.size[0] * made.window.size[1] if made.kind == "sum" else 1
             factor = made.share * source.grid.scale / grid.scale / 2**FRACTION_BITS
@@ -290,82 +332,8 @@ class _Reader:
         self.nodes.append(Node(layer, made.source, result.name))
 
 
-def _contraction(made: Pending, source: Grid, grid: Grid, low: int, high: int) -> Contraction:
-    assert made.weights is not None
-    weights = made.weights.integers
-    scale = np.broadcast_to(made.weights.scale, weights.shape)[:, 0, 0, 0]
-    real = source.scale * scale
-    bias = np.zeros(len(weights)) if made.bias is None else np.rint(made.bias / real)
-    bias = bias - source.zero * weights.sum((1, 2, 3), dtype=np.int64)
-    step = Step(Scaling.of(real / grid.scale, bias), grid.zero, low, high)
-    return Contraction(_ungrouped(weights.astype(np.int8), made.groups), made.window, source.zero, step, made.groups)
-
-
-def _ungrouped(weights: NDArray[np.int8], groups: int) -> NDArray[np.int8]:
-    """Weights of groups as those of one, zero where a group does not read."""
-    if groups == 1:
-        return weights
-    out, each = len(weights) // groups, weights.shape[1]
-    whole = np.zeros((len(weights), groups * each, *weights.shape[2:]), np.int8)
-    for g in range(groups):
-        whole[g * out : (g + 1) * out, g * each : (g + 1) * each] = weights[g * out : (g + 1) * out]
-    return whole
-
-
-def _clipped(made: Pending) -> bool:
-    return bool(np.isfinite(made.low) or np.isfinite(made.high))
-
-
-def _int8_by_output(weights: Constant) -> bool:
-    """Are they a convolution's, symmetric, with one scale, or one for each output?"""
-    whole = weights.integers.ndim == 4 and np.abs(weights.integers).max(initial=0) <= 127
-    return whole and (weights.scale.size == 1 or weights.scale.shape == (len(weights.integers), 1, 1, 1))
-
-
-def _pools(window: Window) -> bool:
-    """Can POST go over such windows?"""
-    return max(*window.size, *window.step) <= LARGEST_WINDOW and max(window.pad) <= LARGEST_PAD
-
-
-def _grid(scale: Any, zero: Any) -> Grid | None:
-    """Of a whole tensor."""
-    if not isinstance(scale, Constant) or not isinstance(zero, Constant) or scale.integers.size != 1:
-        return None
-    return Grid(float(scale.integers.item()), int(zero.integers.item()))
-
-
-def _pair(values: Any) -> tuple[int, int]:
-    first, second = (int(value) for value in values)
-    return first, second
-
-
-def _frame(values: Any) -> tuple[int, int, int, int]:
-    top, left, bottom, right = (int(value) for value in values)
-    return top, left, bottom, right
-
-
-def _is_int8(var: Any) -> bool:
-    return str(var.ty.dtype) == "int8"
-
-
-def _picture(var: Any) -> list[int] | None:
-    """(channels, height, width) of one picture."""
-    shape = [int(size) for size in var.ty.shape]
-    return shape[1:] if len(shape) == 4 and shape[0] == 1 else None
-
-
-def variables(value: Any) -> list[Any]:
-    """Those that an expression reads, in tuples too."""
-    if isinstance(value, relax.Var):
-        return [value]
-    parts = list(value.args) if isinstance(value, relax.Call) else []
-    parts += list(value.fields) if isinstance(value, relax.Tuple) else []
-    parts += [value.tuple_value] if isinstance(value, relax.TupleGetItem) else []
-    return [found for part in parts for found in variables(part)]
-
-
 _RULES = {
-    "quantize": _Reader.quantize, "dequantize": _Reader.dequantize, "reshape": _Reader.move,
+    "matmul": _Reader.matmul, "quantize": _Reader.quantize, "dequantize": _Reader.dequantize, "reshape": _Reader.move,
     "permute_dims": _Reader.move, "nn.conv2d": _Reader.conv2d, "nn.max_pool2d": _Reader.max_pool2d,
     "nn.avg_pool2d": _Reader.avg_pool2d, "mean": _Reader.mean, "add": _Reader.add, "nn.relu": _Reader.clip,
     "maximum": _Reader.clip, "minimum": _Reader.clip,

@@ -1,7 +1,7 @@
 """A layer as instructions: how its results are cut into tiles, and in which order they are computed."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from targets.accelerator.arithmetic import Int8, Step
 from targets.accelerator.design import WORD_BYTES, Design
 from targets.accelerator.errors import ProgramError
-from targets.accelerator.isa import Gemm, Instruction, Load, Memory, Post, Reduce, Source, Store
-from targets.accelerator.layers import LARGEST_WINDOW, POINT, Contraction, Layer, Pooling, Window
+from targets.accelerator.isa import Gemm, Instruction, Load, Memory, Post, Reduce, Source
+from targets.accelerator.layers import LARGEST_WINDOW, POINT, Contraction, Layer, Pooling, Product
 from targets.accelerator.ordering import Group, ordered
 from targets.accelerator.parameters import pack
+from targets.accelerator.patches import Cut, Patch, framed, held, stored
 from targets.accelerator.tensors import Place
 
 Steps = list[tuple[int, int, int]]
@@ -24,44 +25,6 @@ LONGEST_LINE = 1023
 
 GEMM_SETUP, POST_SETUP, STORE_SETUP = 5, 12, 28
 """Cycles that an instruction takes at least beyond what it moves."""
-
-
-@dataclass(frozen=True, slots=True)
-class Patch:
-    """A rectangle of results."""
-
-    y: int
-    x: int
-    ny: int
-    nx: int
-
-    def times(self, pool: tuple[int, int]) -> "Patch":
-        """What is pooled into it."""
-        return Patch(self.y * pool[0], self.x * pool[1], self.ny * pool[0], self.nx * pool[1])
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """How a contraction's results are computed: patches of at most so many lines and columns.
-
-    Attributes:
-        part: tiles of input channels that are loaded together.
-        head: lines of the patches at the top; each row of patches has twice as many as the one above it, up to `ny`.
-    """
-
-    ny: int
-    nx: int
-    part: int
-    head: int
-
-    def patches(self, target: Place) -> list[Patch]:
-        """All results, those at the top first."""
-        found, y, height = list[Patch](), 0, self.head
-        while y < target.height:
-            end = min(y + height, target.height)
-            found += [Patch(y, x, end - y, min(self.nx, target.width - x)) for x in range(0, target.width, self.nx)]
-            y, height = end, min(2 * height, self.ny)
-        return found
 
 
 class Compiler:
@@ -110,20 +73,27 @@ class Compiler:
         """Compute a layer's answer, and where it lies.
 
         Args:
-            other: what the step of a contraction adds.
+            other: what the step of a contraction adds, or the second operand of a product.
             cut: one of `cuts`, the first unless given.
             most: patches to be computed, if not all.
 
         Raises:
             ProgramError: one line of results does not fit the buffers, however it is cut.
         """
-        channels = len(layer.weights) if isinstance(layer, Contraction) else source.channels
+        channels = source.channels
+        if isinstance(layer, Contraction):
+            channels = len(layer.weights)
+        elif isinstance(layer, Product):
+            channels = layer.channels
         height, width = layer.results(source.height, source.width)
         target = self.place(channels, height, width)
         number = self.groups[-1].layer + 1 if self.groups else 0
         if isinstance(layer, Contraction):
             chosen = cut or cuts(layer, source, other, self.design)[0]
             found = _Contracting(self, layer, source, target, other, chosen).groups(most)
+        elif isinstance(layer, Product):
+            assert other is not None
+            found = _multiplied(self, layer, source, target, other)
         else:
             found = _pooled(self, layer, source, target)
         self.groups += [replace(group, layer=number) for group in found]
@@ -150,7 +120,7 @@ class _Contracting:
         d = self.design = c.design
         self.tiles = _tiles(layer.weights, d)
         self.depth = self.tiles.shape[1]  # tiles of input channels
-        self.pool, self.window, self.cut = layer.pool, _held(layer.window)[0], cut
+        self.pool, self.window, self.cut = layer.pool, held(layer.window)[0], cut
 
     def groups(self, most: int | None) -> Iterator[Group]:
         c, d, size = self.compiler, self.design, self.cut.part
@@ -252,7 +222,7 @@ def cuts(layer: Contraction, source: Place, other: Place | None, design: Design)
     Raises:
         ProgramError: there is none.
     """
-    d, tiles, window, found = design, _tiles(layer.weights, design), _held(layer.window)[0], list[tuple[int, Cut]]()
+    d, tiles, window, found = design, _tiles(layer.weights, design), held(layer.window)[0], list[tuple[int, Cut]]()
     target = layer.results(source.height, source.width)
     most = min(d.output_rows // 2, *([d.side_rows // 2] if other is not None else [2**20]))
     used, (blocks, depth, *taps) = int((tiles != 0).any((4, 5)).sum()), tiles.shape[:4]
@@ -320,7 +290,7 @@ def _pooled(c: Compiler, layer: Pooling, source: Place, target: Place) -> Iterat
     blocks = target.blocks(d)
     parameters = _Parameters(c, [layer.step.part(n * d.columns, (n + 1) * d.columns) for n in range(blocks)])
     kind = Reduce.LARGEST if layer.kind == "largest" else Reduce.SUM
-    window, _ = _held(layer.window)
+    window, _ = held(layer.window)
     ny, nx = min(cuts)[1]
     for patch in Cut(ny, nx, 1, ny).patches(target):
         _, width = window.reach((patch.ny, patch.nx))
@@ -339,39 +309,44 @@ def _pooled(c: Compiler, layer: Pooling, source: Place, target: Place) -> Iterat
             yield group
 
 
-def framed(
-    window: Window, fill: int, source: Place, block: int, patch: Patch, memory: Memory, row: int, lane: int, d: Design
-) -> Load:
-    """Load what a patch reads of a block of channels, with the part of the frame that it reads.
-
-    Lines that windows of a single line step over are left out (`_held`).
-    """
-    held, lines = _held(window)
-    height, width = held.reach((patch.ny, patch.nx))
-    y, x = patch.y * window.step[0] - window.pad[0], patch.x * window.step[1] - window.pad[1]
-    top, left = max(0, -y), max(0, -x)
-    bottom = max(0, y + (height - 1) * lines + 1 - source.height)
-    right = max(0, x + width - source.width)
-    return Load(
-        memory=memory, lane=lane, row=row, address=source.at(block, y + top, x + left, d),
-        ny=height - top - bottom, nx=width - left - right, stride=lines * source.width * d.block_words,
-        top=top, left=left, bottom=bottom, right=right, pad=fill,
-    )  # fmt: skip
-
-
-def _held(window: Window) -> tuple[Window, int]:
-    """The window over what lies in the buffer, and how many lines of the picture lie between two of the buffer."""
-    if window.size[0] > 1 or window.pad[0] or window.pad[2]:
-        return window, 1
-    return replace(window, step=(1, window.step[1])), window.step[0]
-
-
-def stored(patch: Patch, block: int, row: int, target: Place, d: Design) -> Store:
-    """Store a patch of a block of channels."""
-    return Store(
-        row=row, address=target.at(block, patch.y, patch.x, d), ny=patch.ny, nx=patch.nx,
-        stride=target.width * d.block_words,
-    )  # fmt: skip
+def _multiplied(c: Compiler, layer: Product, source: Place, target: Place, other: Place) -> Iterator[Group]:
+    """A line of the source after the other; what it is multiplied by is loaded as weights are, from where it lies."""
+    d = c.design
+    depth, blocks = -(-source.channels // d.rows), target.blocks(d)
+    rows, half = depth * d.rows, d.weight_rows // 2
+    nx = min(d.input_rows // 2 // depth, d.accumulator_rows, d.output_rows // 2, source.width, LONGEST_LINE)
+    if rows > half or nx < 1:
+        raise ProgramError(f"A product of {source.channels} factors each does not fit the buffers of this design.")
+    stays = blocks * rows <= half
+    parameters = _Parameters(c, [layer.step.part(n * d.columns, (n + 1) * d.columns) for n in range(blocks)])
+    for y in range(source.height):
+        loaded: dict[int, int] = {}
+        at = half * c.turn("weights") if stays else 0
+        for x in range(0, source.width, nx):
+            patch, inputs = Patch(y, x, 1, min(nx, source.width - x)), d.input_rows // 2 * c.turn("inputs")
+            for n in range(blocks):
+                group, bank = Group(), c.turn("bank")
+                header = parameters.load(n, group)
+                if n == 0:
+                    for block in range(source.blocks(d)):
+                        tile, lane = divmod(block, d.blocks)
+                        row = inputs + tile * patch.nx
+                        group.inputs.append(framed(POINT, 0, source, block, patch, Memory.INPUTS, row, lane, d))
+                if n not in loaded or not stays:
+                    loaded[n] = at + n * rows if stays else half * c.turn("weights")
+                    group.inputs.append(Load(
+                        memory=Memory.WEIGHTS, row=loaded[n], address=other.at(n, y, 0, d), nx=source.channels,
+                        right=rows - source.channels,
+                    ))  # fmt: skip
+                group.work += [
+                    Gemm(row=inputs + t * patch.nx, weights=loaded[n] + t * d.rows, bank=bank, clear=int(t == 0),
+                         nx=patch.nx)
+                    for t in range(depth)
+                ]  # fmt: skip
+                row = d.output_rows // 2 * c.turn("outputs")
+                post = Post(source=Source.ACCUMULATORS, bank=bank, parameters=header, row_out=row, nx=patch.nx)
+                group.work += [post, stored(patch, n, row, target, d)]
+                yield group
 
 
 def _tiles(weights: Int8, d: Design) -> Int8:
