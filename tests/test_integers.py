@@ -199,14 +199,28 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = self.patches(x).flatten(2).transpose(1, 2)
         q, k, v = self.qkv(self.norm(x)).reshape(-1, 30, 3, 2, 12).permute(2, 0, 3, 1, 4).unbind(0)
-        seen = (0.3 * q @ k.transpose(2, 3)).softmax(-1) @ v
+        seen = self.seen(q, k, v)
         x = x + self.out(seen.transpose(1, 2).reshape(-1, 30, 24))
         x = x + self.down(self.up(x).relu())
         return {"one": self.one(x.mean(1)), "two": self.two(x)}
 
 
-def test_products_of_two_values_are_the_accelerators(tmp_path: Path) -> None:
-    _, parts = split(Attention, tmp_path, "one", "two")
+    @staticmethod
+    def seen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (0.3 * q @ k.transpose(2, 3)).softmax(-1) @ v
+
+
+class Fused(Attention):
+    """The same, its attention one operator."""
+
+    @staticmethod
+    def seen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
+
+
+@pytest.mark.parametrize("module", [Attention, Fused])
+def test_products_of_two_values_are_the_accelerators(module: type[nn.Module], tmp_path: Path) -> None:
+    _, parts = split(module, tmp_path, "one", "two")
     products = [node for network in parts.networks for node in network.nodes if isinstance(node.layer, Product)]
     shapes = [[network.values[name].shape for name in (node.source, node.other or "")]
               for network in parts.networks for node in network.nodes if node in products]  # fmt: skip

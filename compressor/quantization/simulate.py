@@ -16,11 +16,13 @@ from compressor.quantization.grids import ACCUMULATOR, HIGHEST, LARGEST_WEIGHT, 
 from compressor.quantization.points import PRODUCTS, WEIGHTED
 
 aten = torch.ops.aten
+_ATTENTION = "scaled_dot_product_attention"
 
 
 def folded(network: fx.GraphModule) -> fx.GraphModule:
     """The trace with every batch norm that alone reads a convolution or linear layer computed into its weights.
 
+    Attention that is one operator becomes the products and the softmax that it is made of, where it has no mask.
     Weights stay the parameters they are: the folding is part of the graph, so that they can be trained through it.
     """
     graph = fx.Graph()
@@ -29,6 +31,9 @@ def folded(network: fx.GraphModule) -> fx.GraphModule:
         layer = norm.args[0]
         if _foldable(layer, norm):
             _fold(graph, layer, norm)
+    for node in [node for node in graph.nodes if node.op == "call_function" and name_of(node) == _ATTENTION]:
+        if not any(argument(node, name) for name in ("attn_mask", "dropout_p", "is_causal", "enable_gqa")):
+            _spell_out(graph, node)
     graph.eliminate_dead_code()
     return fx.GraphModule(_held(network, graph), graph)
 
@@ -148,6 +153,25 @@ def _fold(graph: fx.Graph, layer: Any, norm: Any) -> None:
     layer.kwargs = {key: value for key, value in layer.kwargs.items() if key != "bias"}
     norm.replace_all_uses_with(layer)
     graph.erase_node(norm)
+
+
+def _spell_out(graph: fx.Graph, attention: fx.Node) -> None:
+    """softmax(q * scale @ k^T) @ v, as nodes in place of the one."""
+
+    def call(operator: Any, *args: Any) -> fx.Node:
+        node = graph.call_function(operator, args)
+        node.meta = {key: value for key, value in attention.meta.items() if key == "nn_module_stack"}
+        node.meta["val"] = operator(*(one.meta["val"] if isinstance(one, fx.Node) else one for one in args))
+        return node
+
+    q, k, v = (argument(attention, name) for name in ("query", "key", "value"))
+    scale = argument(attention, "scale") or q.meta["val"].shape[-1] ** -0.5
+    with graph.inserting_before(attention):
+        turned = call(aten.transpose.int, k, -2, -1)
+        scores = call(aten.matmul.default, call(aten.mul.Scalar, q, scale), turned)
+        seen = call(aten.matmul.default, call(aten.softmax.int, scores, -1), v)
+    attention.replace_all_uses_with(seen)
+    graph.erase_node(attention)
 
 
 def _describe(node: fx.Node, like: fx.Node) -> None:
