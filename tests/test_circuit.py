@@ -49,6 +49,15 @@ def test_the_circuit_has_the_simulators_bits_and_cycles(name: str, latency: int)
     agrees(one, simulate.run(one.program, memory, SMALL, latency), memory, latency)
 
 
+def test_another_task_starts_without_a_cycle_between() -> None:
+    """Switching tasks is another address at the start: what one program leaves behind slows no other."""
+    first, second = (compiled(*SMALL_LAYERS[name], SMALL) for name in ("added", "largest"))
+    memory = np.concatenate([first.memory, np.zeros(max(0, second.memory.size - first.memory.size), np.uint8)])
+    alone = [simulator.timing(one.program, SMALL).cycles for one in (first, second)]
+    cycles = simulate.run_all([first.program, second.program, first.program], memory, SMALL)
+    assert cycles == [alone[0], alone[1], alone[0]]
+
+
 def test_a_program_that_waits_for_ever_is_said_to() -> None:
     program = encode([Gemm(row=0, weights=0, bank=0, clear=1, nx=1, waits=Unit.LOAD)])
     with pytest.raises(ProgramError, match="The circuit is not done after 200 cycles"):

@@ -1,19 +1,28 @@
-"""DroNet and scenes in int8 on the accelerator's 16 x 8 array: bits, cycles, what sparsity saves. No board is needed.
+"""DroNet, scenes and a ViT in int8 on the accelerator's 16 x 8 array: bits, cycles, what sparsity saves. No board.
 
     python tools/bench/fpga.py [--json FILE] [--quick]
 
 Bits and cycles are compared on three levels: layers in numpy, programs in the instruction-level simulator, and the
 circuit under Verilator, which takes a minute to build the first time. Cycles are of a memory that answers after 20, and
-all are counted. Cut and sparse networks are not trained here: cycles do not depend on that. Scenes is an artifact of
-the fpga target, with its host's part. --quick runs 8 frames.
+all are counted. Cut and sparse networks, and the ViT, are not trained here: cycles do not depend on that. Scenes is an
+artifact of the fpga target, with its host's part. --quick runs 8 frames, and two of the ViT's layers.
 """
 
+import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
+import zoo
 from rows import Row, finish, options
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+
+from plain import setup, task
 
 from compressor import compute, pipeline, recipe
 from compressor.bench import Bench
@@ -33,12 +42,17 @@ from profiles.device import load
 from targets.accelerator import package, simulator
 from targets.accelerator.circuit import verilated
 from targets.accelerator.design import Design
-from targets.accelerator.network import Executable, Network, compile_network
+from targets.accelerator.layers import Product
+from targets.accelerator.network import Executable, Network, compile_network, compile_networks
+from targets.accelerator.partition import partition
 from targets.accelerator.reading import read
 from targets.base import Program
 from targets.fpga import FpgaTarget
 from targets.lower import lower
 from targets.profiling import kernels
+
+Frame = dict[str, np.ndarray]
+"""A run's inputs as the host gives them, int8 (channels, height, width)."""
 
 RECIPES = Path(__file__).parent / "recipes"
 DEVICE = "ecp5-85k"
@@ -61,35 +75,42 @@ def integers(model: MultiTaskModel, bench: Bench) -> Network:
     return network
 
 
-def frames(bench: Bench, network: Network, count: int | None) -> list[np.ndarray]:
+def frames(bench: Bench, network: Network, count: int | None) -> list[Frame]:
     """Validation frames as the host gives them to the accelerator, (channels, height, width)."""
-    grid, found = network.values[network.inputs[0]].grid, list[np.ndarray]()
+    (name,), found = network.inputs, list[Frame]()
+    grid = network.values[name].grid
     for batch in bench.validation:
         steps = np.rint(batch.inputs[0].numpy() / np.float32(grid.scale)) + grid.zero
-        found += list(np.clip(steps, -128, 127).astype(np.int8))
+        found += [{name: one} for one in np.clip(steps, -128, 127).astype(np.int8)]
         if count is not None and len(found) >= count:
             return found[:count]
     return found
 
 
-def bits(network: Network, built: Executable, inputs: list[np.ndarray]) -> int:
+def given(built: Executable, frame: Frame) -> np.ndarray:
+    """Memory before a frame."""
+    memory = built.image.copy()
+    for name, value in frame.items():
+        built.write(name, value, memory)
+    return memory
+
+
+def bits(network: Network, built: Executable, inputs: list[Frame]) -> int:
     """Frames of which any value differs between program and layers."""
-    (name,), wrong = network.inputs, 0
+    wrong = 0
     for frame in inputs:
-        memory, wanted = built.image.copy(), network({name: frame})
-        built.write(name, frame, memory)
+        memory, wanted = given(built, frame), network(frame)
         simulator.execute(built.program, memory, DESIGN)
         made = [node.result for node in network.nodes]
         wrong += not all(np.array_equal(built.read(value, memory), wanted[value]) for value in made)
     return wrong
 
 
-def circuit(built: Executable, name: str, inputs: list[np.ndarray]) -> tuple[int, int, float, float]:
+def circuit(built: Executable, inputs: list[Frame]) -> tuple[int, int, float, float]:
     """(frames that differ in a bit, cycles that they are off by, seconds of a frame, times the model is faster)."""
     library, wrong, off, seconds = verilated.library(DESIGN), 0, 0, []
     for frame in inputs:
-        memory = built.image.copy()
-        built.write(name, frame, memory)
+        memory = given(built, frame)
         expected = memory.copy()
         cycles = simulator.execute(built.program, expected, DESIGN).cycles
         begun = time.perf_counter()
@@ -117,7 +138,7 @@ def dronet(job: Job, count: int | None) -> list[Row]:
     row("utilisation of the array", network.macs / DESIGN.multipliers / dense, 0.75, most=False)
     row("frames simulated", len(inputs), None)
     row("of them with a wrong bit", bits(network, built, inputs), 0)
-    wrong, off, seconds, faster = circuit(built, network.inputs[0], inputs[:RTL_FRAMES])
+    wrong, off, seconds, faster = circuit(built, inputs[:RTL_FRAMES])
     row(f"of {RTL_FRAMES} in RTL, with a wrong bit", wrong, 0)
     row("cycles that the model is off by", off, 0)
     row("seconds of a frame in RTL", seconds, 300)
@@ -159,15 +180,52 @@ def scenes(job: Job, count: int | None) -> list[Row]:
     ]
 
 
+def transformer(quick: bool) -> list[Row]:
+    """A two-task ViT: layers of tokens and attention's products on the array; norms, softmax and GELU on the host."""
+    tasks = [task("label"), task("maps")]
+    tasks = [replace(one, output=k) for k, one in enumerate(tasks)]
+    with TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        model, bench = setup(
+            partial(zoo.Transformer, layers=2 if quick else 6), (torch.zeros(1, 3, 224, 224),), Path(folder), *tasks
+        )
+        program = in_int8(model, bench)
+    networks = partition(lower(program, integers=True), "transformer.").networks
+    chance, rows = np.random.default_rng(0), list[Row]()
+    built = compile_networks(networks, DESIGN)
+    inputs = [
+        {name: chance.integers(-128, 128, network.values[name].shape, np.int8) for name in network.inputs}
+        for network in networks
+    ]
+    cycles = sum(simulator.timing(one.program, DESIGN).cycles for one in built)
+    macs, whole = sum(network.macs for network in networks), count_macs(trace(model))[0]
+    wrong = sum(bits(*one, [frame]) for one, frame in zip(zip(networks, built, strict=True), inputs, strict=True))
+    product = next(k for k, one in enumerate(networks) if any(isinstance(node.layer, Product) for node in one.nodes))
+    in_rtl = circuit(built[product], [inputs[product]])
+
+    def row(case: str, value: float, goal: float | None, *, most: bool = True) -> None:
+        rows.append(Row(case, "vit", "", 0, value, goal, most=most))
+
+    row("cycles of a frame", cycles, None)
+    row("runs of the accelerator", len(networks), None)
+    row("utilisation of the array", macs / DESIGN.multipliers / cycles, 0.7, most=False)
+    row("multiply-adds left to the host", 1 - macs / whole, None)
+    row("runs with a wrong bit", wrong, 0)
+    row("of one product in RTL, with a wrong bit", in_rtl[0], 0)
+    row("cycles that the model is off by", in_rtl[1], 0)
+    return rows
+
+
 def main() -> None:
-    given, rows = options(__doc__).parse_args(), list[Row]()
+    how, rows = options(__doc__).parse_args(), list[Row]()
     for name, rows_of in (("dronet-channels", dronet), ("scenes-channels", scenes)):
         loaded, base = recipe.load(RECIPES / f"{name}.toml", ["target=fpga", f"device={DEVICE}"])
         job = pipeline.prepare(loaded, base, Reporter(), builds=False)
         with compute.threads(loaded.compute_threads), TemporaryDirectory() as scratch:
             job.bench.before, job.bench.directory = job.bench.scores(job.model), Path(scratch)
-            rows += rows_of(job, 8 if given.quick else None)
-    finish(rows, given.json)
+            rows += rows_of(job, 8 if how.quick else None)
+    rows += transformer(how.quick)
+    finish(rows, how.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The circuit in Amaranth's own simulator, a memory of fixed latency around it: some 1,000 cycles a second."""
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from amaranth.sim import Simulator
 from numpy.typing import NDArray
 
 from targets.accelerator.circuit.top import Accelerator
-from targets.accelerator.design import Design
+from targets.accelerator.design import WORD_BYTES, Design
 from targets.accelerator.errors import ProgramError
 from targets.accelerator.isa import BYTES
 from targets.accelerator.simulator import LATENCY
@@ -81,41 +82,46 @@ def run(
     Raises:
         ProgramError: it is stuck.
     """
+    return run_all([program], memory, design, latency, limit)[0]
+
+
+def run_all(
+    programs: Sequence[bytes], memory: NDArray[np.uint8], design: Design, latency: int = LATENCY, limit: int = 100_000
+) -> list[int]:
+    """Execute programs one after the other, each started as soon as the one before it is done; the cycles of each."""
     words, circuit = memory.view(np.uint64), Accelerator(design)
-    lines = np.frombuffer(program, np.uint64).copy()
+    lines = np.frombuffer(b"".join(programs), np.uint64).copy()
     ports: tuple[_Reads | _Writes, ...] = (
         _Reads(circuit.program, lines, latency), _Reads(circuit.read, words, latency),
         _Writes(circuit.write, words, latency),
     )  # fmt: skip
     signals = [one for port in ports for one in port.signals]
-    cycles = 0
+    found = list[int]()
 
     async def bench(ctx: Any) -> None:
-        nonlocal cycles
         for port in (circuit.program, circuit.read, circuit.write):
             ctx.set(port.request.ready, 1)
         ctx.set(circuit.write.words.ready, 1)
-        ctx.set(circuit.count, len(program) // BYTES)
-        ctx.set(circuit.start, 1)
-        now = 0
-        while True:
-            found = await ctx.tick().sample(circuit.idle, *signals)
-            idle, seen = found[2], found[3:]
-            if now == 0:
+        now = address = 0
+        for program in programs:
+            ctx.set(circuit.address, address)
+            ctx.set(circuit.count, len(program) // BYTES)
+            ctx.set(circuit.start, 1)
+            begun, address = now, address + len(program) // WORD_BYTES
+            while True:
+                _, _, idle, *seen = await ctx.tick().sample(circuit.idle, *signals)
                 ctx.set(circuit.start, 0)
-            for k, port in enumerate(ports):
-                port.step(ctx, now, tuple(seen[5 * k : 5 * k + 5]))
-            if idle and now:
-                cycles = now
-                return
-            now += 1
-            if now > limit:
-                raise ProgramError(f"The circuit is not done after {limit} cycles.")
+                for k, port in enumerate(ports):
+                    port.step(ctx, now, tuple(seen[5 * k : 5 * k + 5]))
+                now += 1
+                if idle and now - 1 > begun:
+                    found.append(now - 1 - begun)
+                    break
+                if now - begun > limit:
+                    raise ProgramError(f"The circuit is not done after {limit} cycles.")
 
     simulator = Simulator(circuit)
     simulator.add_clock(1e-8)
     simulator.add_testbench(bench)
     simulator.run()
-    return cycles
-
-
+    return found
