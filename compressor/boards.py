@@ -11,7 +11,6 @@ from targets import artifact as artifacts
 from targets.accelerator import package, tools
 from targets.base import Array, Artifact
 from targets.errors import TargetError
-from targets.fpga import clock_of
 
 
 def write_board(artifact: Path, out: Path, inputs: tuple[Array, ...] | None, seeds: int) -> dict[str, Any]:
@@ -49,12 +48,11 @@ def _fitted(built: Artifact, seeds: int, folder: Path) -> dict[str, Any]:
     from targets.accelerator import synthesis
 
     device, design = built.manifest.device, package.read(built.directory).design
-    aim = clock_of(device).megahertz
-    found = synthesis.fit(design, device.name, range(1, seeds + 1), aim, folder)
+    found = synthesis.fit(design, device.name, range(1, seeds + 1), folder)
     if found.best is None:
         raise TargetError(f"The circuit does not route on '{device.name}': {'; '.join(found.failed.values())}")
     told = {
-        "device": device.name, "design": design.model_dump(), "asked_megahertz": aim,
+        "device": device.name, "design": design.model_dump(), "asked_megahertz": synthesis.AIM,
         "resources": asdict(found.resources), "runs": [asdict(run) for run in found.runs],
         "failed": {str(seed): why for seed, why in found.failed.items()},
     }  # fmt: skip

@@ -19,6 +19,10 @@ SPEED = 6
 """The slowest grade, and the cheapest."""
 SIZES = {"ecp5-25k": "25k", "ecp5-45k": "45k", "ecp5-85k": "85k"}
 PACKAGE = "CABGA381"
+AIM = 130.0
+"""Megahertz that the router aims at: more than these circuits reach on that grade, so that it always tries."""
+MINUTES = 40
+"""After which a seed counts as one that does not route: most take ten, some never end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,7 @@ def synthesise(design: Design, folder: Path) -> Resources:
 def _circuit(design: Design) -> str:
     """The harness in yosys' language."""
     text = str(rtlil.convert(Harness(design, "ecp5"), name=TOP))
+    text = re.sub(r"\n *attribute \\src [^\n]*", "", text)  # where it is from, which differs between checkouts
     # Amaranth asks that a row which is read while it is written is read as it was. Tokens keep that from happening.
     return re.sub(r"(parameter \\COLLISION_X_MASK) (\d+)'0+", lambda m: f"{m[1]} {m[2]}'{'1' * int(m[2])}", text)
 
@@ -71,25 +76,24 @@ def _resources(netlist: Path) -> Resources:
     return Resources(luts, kinds.count("TRELLIS_FF"), kinds.count("MULT18X18D"), kinds.count("DP16KD"))
 
 
-def route(folder: Path, device: str, speed: int, seed: int, megahertz: float, options: Sequence[str] = ()) -> Routed:
+def route(folder: Path, device: str, speed: int, seed: int, options: Sequence[str] = ()) -> Routed:
     """Place and route what `synthesise` wrote; leaves the routed configuration `circuit-SEED.config`.
 
     Args:
         speed: grade of the device, 6 to 8.
-        megahertz: that the router aims at.
 
     Raises:
-        TargetError: nextpnr is missing, or the circuit cannot be placed or routed.
+        TargetError: nextpnr is missing, or the circuit cannot be placed or routed in `MINUTES`.
     """
     if device not in SIZES:
         raise TargetError(f"No ECP5 '{device}'; there are {', '.join(SIZES)}.")
     report = folder / f"route-{seed}.json"
     command = [
         tools.nextpnr(), f"--{SIZES[device]}", "--package", PACKAGE, "--speed", str(speed), "--json", NETLIST,
-        "--textcfg", f"circuit-{seed}.config", "--report", report.name, "--seed", str(seed), "--freq", str(megahertz),
+        "--textcfg", f"circuit-{seed}.config", "--report", report.name, "--seed", str(seed), "--freq", str(AIM),
         "--timing-allow-fail", "--quiet", *options,
     ]  # fmt: skip
-    tools.run(command, folder)
+    tools.run(command, folder, minutes=MINUTES)
     found = json.loads(report.read_text())
     cells = found["utilization"]
     return Routed(
@@ -117,11 +121,8 @@ class Fitted:
         return max(self.runs, key=lambda run: run.megahertz, default=None)
 
 
-def fit(design: Design, device: str, seeds: Sequence[int], megahertz: float, folder: Path) -> Fitted:
+def fit(design: Design, device: str, seeds: Sequence[int], folder: Path) -> Fitted:
     """Synthesise, and place and route from each seed: minutes each, then cached. Leaves the best's `harness.config`.
-
-    Args:
-        megahertz: that the router aims at.
 
     Raises:
         TargetError: the device is no ECP5, a tool is missing, or synthesis fails.
@@ -140,12 +141,12 @@ def fit(design: Design, device: str, seeds: Sequence[int], megahertz: float, fol
 
         def routed(into: Path, seed: int = seed) -> Path:
             shutil.copy(netlist, into / NETLIST)
-            found = route(into, device, SPEED, seed, megahertz)
+            found = route(into, device, SPEED, seed)
             made = into / "routed.json"
             made.write_text(json.dumps([asdict(found), (into / f"circuit-{seed}.config").read_text()]))
             return made
 
-        key = (circuit, router, device, str(SPEED), str(seed), str(megahertz))
+        key = (circuit, router, device, str(SPEED), str(seed), str(AIM))
         try:
             found, config = json.loads(tools.built("routed.json", key, routed).read_text())
         except TargetError as error:

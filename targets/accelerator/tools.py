@@ -104,16 +104,24 @@ def built(name: str, made_of: Iterable[str], build: Callable[[Path], Path]) -> P
     return made
 
 
-def run(command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> str:
+def run(
+    command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None, minutes: float | None = None
+) -> str:
     """Standard output and errors of a command that must succeed.
 
+    Args:
+        minutes: after which it is stopped.
+
     Raises:
-        TargetError: it did not; with the end of what it printed.
+        TargetError: it did not, with the end of what it printed, or it was stopped.
     """
-    done = subprocess.run(
-        list(command), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        check=False,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            list(command), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            check=False, timeout=None if minutes is None else 60 * minutes,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise TargetError(f"{Path(command[0]).name} was not done after {minutes:g} minutes.") from error
     if done.returncode:
         end = "\n".join(done.stdout.splitlines()[-15:])
         raise TargetError(f"{Path(command[0]).name} failed in {folder} ({done.returncode}):\n{end}")

@@ -54,17 +54,14 @@ class GemmUnit(wiring.Component):
         ]  # fmt: skip
         now, running, row, row_out, last = self._run(m, swap, held & ready & free, bits)
         sums = self._multiply(m, delayed(m, swap, 3, "swap")[3], shadow)
-        active, signals = delayed(m, running, at, "active"), Signal(4)
-        ending = delayed(m, last, at, "ending")
-        with m.If(last):
-            m.d.sync += signals.eq(now.signals)
+        active, signals = delayed(m, running, at, "active"), delayed(m, now.signals & last.replicate(4), at, "signals")
         self._accumulate(
             m, active, delayed(m, row_out, at, "row_out"), delayed(m, now.bank, at, "bank"),
             delayed(m, now.clear, at, "clear"), sums,
         )  # fmt: skip
         m.d.sync += self.input_row.eq(row)
         m.d.comb += [
-            self.give.eq(signals & Cat(ending[at - EARLY if 1 << k == Unit.POST else at] for k in range(4))),
+            self.give.eq(signals[at] & ~Unit.POST | signals[at - EARLY] & Unit.POST),
             self.busy.eq(front.go | held | Cat(*active).any()),
         ]  # fmt: skip
         return m
