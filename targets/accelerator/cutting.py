@@ -24,10 +24,13 @@ PATCHES = 8
 def fastest(compiler: Compiler, layer: Layer, source: Place, other: Place | None) -> Cut | None:
     """The cut that takes the fewest cycles behind what is compiled so far; None for what has no cuts.
 
+    Also None, which leaves it to what is expected, where no compiler is there for the cycle model, as a plan needs no
+    tool; the target asks for one before it builds.
+
     Raises:
         ProgramError: none fits the buffers.
     """
-    if not isinstance(layer, Contraction):
+    if not isinstance(layer, Contraction) or not simulator.available():
         return None
 
     @cache

@@ -17,6 +17,7 @@ from targets.accelerator.design import WORD_BYTES, Design
 from targets.accelerator.errors import ProgramError
 from targets.accelerator.isa import BYTES, KINDS, Bits, layout
 from targets.accelerator.parameters import CHANNEL, FACTORS, GRIDS
+from targets.errors import TargetError
 
 LATENCY = 20
 """Cycles from a request to memory until its first word, and from a last word until it is known to be written."""
@@ -72,6 +73,15 @@ def _run(program: bytes, memory: NDArray[np.uint8] | None, design: Design, laten
     if cycles < 0:
         raise ProgramError("An instruction waits for a token that none before it gives.")
     return Timing(int(cycles), times[:, 0], times[:, 1])
+
+
+def available() -> bool:
+    """Whether there is a compiler to have it; planning goes without."""
+    try:
+        tools.compiler("gcc", "clang")
+    except TargetError:
+        return False
+    return True
 
 
 def header() -> str:
