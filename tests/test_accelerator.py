@@ -5,7 +5,7 @@ from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
-from accelerated import DESIGNS, SMALL, compiled, contraction, layers
+from accelerated import DESIGNS, SMALL, compiled, contraction, layers, scaling
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -27,7 +27,7 @@ from targets.accelerator.isa import (
     encode,
     layout,
 )
-from targets.accelerator.layers import Layer, Pooling, Window
+from targets.accelerator.layers import Layer, Pooling, Product, Window
 from targets.accelerator.simulator import execute
 from targets.accelerator.tiling import Compiler
 from targets.accelerator.tokens import check, synchronised
@@ -108,6 +108,12 @@ def test_programs_answer_as_their_layers(case: tuple[Layer, tuple[int, int, int]
 def test_inputs_that_do_not_fit_are_loaded_in_parts() -> None:
     layer = contraction(np.random.default_rng(0), 200, 20, Window((3, 3), pad=(1, 1, 1, 1)), None)
     found, wanted = answered(layer, (200, 6, 6), SMALL)
+    assert np.array_equal(found, wanted)
+
+
+def test_a_product_of_few_factors_fills_up_a_larger_array_with_zeros() -> None:
+    layer = Product(7, Step(scaling(np.random.default_rng(0), 7, 3e4), 3))
+    found, wanted = answered(layer, (5, 2, 9), Design(rows=32, columns=32, lanes=8))
     assert np.array_equal(found, wanted)
 
 

@@ -109,10 +109,10 @@ class _Points:
             return
         for read in reads:
             self._require(read)
-        if name in PRODUCTS and len(reads) > 1:
-            self.centred |= {self._origin(read) for read in reads}
         if any(n in self.constant for n in node.args[:2]):
             self.weighted.append(node.name)
+        else:
+            self.centred |= {self._origin(read) for read in reads}
         self.on_grid.add(_tail(node))
 
     def _has_grid(self, node: fx.Node) -> bool:

@@ -165,7 +165,9 @@ def _spell_out(graph: fx.Graph, attention: fx.Node) -> None:
         return node
 
     q, k, v = (argument(attention, name) for name in ("query", "key", "value"))
-    scale = argument(attention, "scale") or q.meta["val"].shape[-1] ** -0.5
+    scale = argument(attention, "scale")
+    if scale is None:
+        scale = q.meta["val"].shape[-1] ** -0.5
     with graph.inserting_before(attention):
         turned = call(aten.transpose.int, k, -2, -1)
         scores = call(aten.matmul.default, call(aten.mul.Scalar, q, scale), turned)

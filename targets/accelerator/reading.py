@@ -139,18 +139,17 @@ class _Reader:
     def _seen(self, real: Any, *, last: bool) -> Value | None:
         """The value behind real numbers, with its channels where they have to be.
 
-        Of what the host gives, that is another value of the same tensor where it was taken the other way before.
+        Of a picture that the host gives, that may be another value of the same tensor, whose channels are last.
         """
         value = self.values[real.name] if isinstance(real, Real) else None
         if value is None or value.last == last:
             return value
-        made, turned = {node.result for node in self.nodes}, f"{value.name}{TURNED}"
-        if value.name in made:
+        turned = f"{value.name}{TURNED}"
+        if value.last or any(node.result == value.name for node in self.nodes):
             return None
         if turned not in self.values:
-            channels, height, width = value.shape
-            shape = (channels, height, width) if value.last else (width, channels, height)
-            self.values[turned] = replace(value, name=turned, shape=shape, last=last)
+            lines, columns, channels = value.shape
+            self.values[turned] = replace(value, name=turned, shape=(channels, lines, columns), last=True)
             self.runs[turned] = self.runs[value.name]
         return self.values[turned]
 
@@ -174,9 +173,13 @@ class _Reader:
         return None
 
     def _given(self, var: Any, grid: Grid, level: int) -> Value | None:
-        """What the host gives: with its channels last, but for pictures."""
+        """What the host gives: with its channels last, but for pictures.
+
+        A single row is left to the host: the array would wait for the weights, each of which it needs once.
+        """
         last = len(var.ty.shape) != PICTURE
-        if (shape := picture(var, last=last)) is None:
+        shape = picture(var, last=last)
+        if shape is None or (last and shape[1:] == [1, 1]):
             return None
         self.runs[var.name] = level
         return self._value(var, shape, grid, last=last)
@@ -219,12 +222,9 @@ class _Reader:
         return Pending("contraction", x.name, weights=weights, window=window, groups=int(how.groups))
 
     def matmul(self, var: Any, args: list[Any], call: Any) -> Pending | None:
-        """By a constant matrix, or of two values whose grids have their zeros at 0.
-
-        A single row is left to the host: the array would wait for the weights, each of which it needs once.
-        """
+        """By a constant matrix, or of two values whose grids have their zeros at 0."""
         x, y = self._seen(args[0], last=True), args[1]
-        if x is None or x.shape[1:] == (1, 1):
+        if x is None:
             return None
         if isinstance(y, Constant):
             if y.integers.ndim != 2 or (y.scale.ndim == 2 and y.scale.shape[0] != 1):
@@ -315,7 +315,7 @@ class _Reader:
         layer: Layer
         if made.kind == "product":
             assert made.other is not None
-            real = source.grid.scale * self.values[made.other].grid.scale * made.share / grid.scale
+            real = source.grid.scale * self.values[made.other].grid.scale / grid.scale
             channels = result.shape[0]
             step = Step(Scaling.of(np.full(channels, real), np.zeros(channels)), grid.zero, low, high)
             self.nodes.append(Node(Product(channels, step), made.source, result.name, made.other))

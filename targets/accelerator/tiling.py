@@ -317,7 +317,8 @@ def _multiplied(c: Compiler, layer: Product, source: Place, target: Place, other
     nx = min(d.input_rows // 2 // depth, d.accumulator_rows, d.output_rows // 2, source.width, LONGEST_LINE)
     if rows > half or nx < 1:
         raise ProgramError(f"A product of {source.channels} factors each does not fit the buffers of this design.")
-    stays = blocks * rows <= half
+    stays, missing = blocks * rows <= half, rows - source.channels
+    zeros = c.constant(np.zeros((missing, d.columns), np.int8))  # weights of channels that the source has not
     parameters = _Parameters(c, [layer.step.part(n * d.columns, (n + 1) * d.columns) for n in range(blocks)])
     for y in range(source.height):
         loaded: dict[int, int] = {}
@@ -334,10 +335,11 @@ def _multiplied(c: Compiler, layer: Product, source: Place, target: Place, other
                         group.inputs.append(framed(POINT, 0, source, block, patch, Memory.INPUTS, row, lane, d))
                 if n not in loaded or not stays:
                     loaded[n] = at + n * rows if stays else half * c.turn("weights")
-                    group.inputs.append(Load(
-                        memory=Memory.WEIGHTS, row=loaded[n], address=other.at(n, y, 0, d), nx=source.channels,
-                        right=rows - source.channels,
-                    ))  # fmt: skip
+                    real = loaded[n], other.at(n, y, 0, d), source.channels
+                    group.inputs += [
+                        Load(memory=Memory.WEIGHTS, row=row, address=address, nx=count)
+                        for row, address, count in (real, (loaded[n] + source.channels, zeros, missing)) if count
+                    ]  # fmt: skip
                 group.work += [
                     Gemm(row=inputs + t * patch.nx, weights=loaded[n] + t * d.rows, bank=bank, clear=int(t == 0),
                          nx=patch.nx)
