@@ -87,3 +87,25 @@ def test_random_programs_have_the_simulators_bits_and_cycles(name: str) -> None:
         agrees(one, verilated.run(built, one.program, memory, latency, 2 * wanted)[0], memory, latency)
 
     agree()
+
+
+@pytest.mark.slow
+@pytest.mark.toolchain
+@pytest.mark.skipif(not TOOLS, reason="needs pyosys and Verilator")
+@pytest.mark.parametrize("name", DESIGNS)
+def test_the_ports_may_share_a_bus_in_about_the_cycles_that_are_told(name: str) -> None:
+    """Bits are the same, and cycles within a fifth, and a request of the program: the bus takes turns otherwise."""
+    design = DESIGNS[name]
+    built = verilated.library(design)
+
+    @given(layers(), st.integers(1, 150))
+    @settings(deadline=None, max_examples=50, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    def agree(case: tuple[Layer, tuple[int, int, int]], latency: int) -> None:
+        one = compiled(*case, design)
+        memory = one.memory.copy()
+        alone, shared = (simulator.timing(one.program, design, latency, shared=bus).cycles for bus in (False, True))
+        cycles, _ = verilated.run(built, one.program, memory, latency, 2 * shared, shared=True)
+        assert np.array_equal(one.answer(memory), one.wanted)
+        assert alone <= shared and abs(cycles - shared) <= 0.2 * cycles + 32
+
+    agree()

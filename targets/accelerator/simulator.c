@@ -2,7 +2,8 @@
  *
  * Answers are those of executing the program in its order, which its tokens make those of the circuit. Times are the
  * circuit's, to the cycle, with a memory that answers each port after a fixed latency, a word in each cycle; every
- * number in the second half says how long a register or a buffer of circuit/ takes.
+ * number in the second half says how long a register or a buffer of circuit/ takes. With a bus that the ports share,
+ * one word of any of them in each cycle, times are near the circuit's: instructions get its cycles in their order.
  *
  * `isa.h` is generated from isa.py and parameters.py: for each field its first bit, its width and its sign.
  */
@@ -149,6 +150,32 @@ static void store(Machine *m, const Instruction *one, uint8_t *memory) {
 
 enum { BURST = 32, BURSTS = 4, AHEAD = 4, EARLY = 4, PICK = 6, WRITE = 27, DEEPEST = 64, TOKENS = 256 };
 
+/* The bus of a memory whose ports share it: for each cycle, 0 or how far on a free one may be looked for. */
+typedef struct {
+  int32_t *skip;
+  int64_t size;
+  int full;
+} Bus;
+
+/* The first free cycle from `at` on, which is taken; `at` itself where the ports have a bus each. */
+static int64_t transfer(Bus *b, int64_t at) {
+  if (!b->size) return at;
+  int64_t free = at;
+  for (;;) {
+    if (free + 1 >= b->size) {
+      int32_t *more = realloc(b->skip, 2 * (free + 2) * sizeof *more);
+      if (!more) return b->full = 1, at;
+      memset(more + b->size, 0, (2 * (free + 2) - b->size) * sizeof *more);
+      b->skip = more, b->size = 2 * (free + 2);
+    }
+    if (!b->skip[free]) break;
+    free += b->skip[free];
+  }
+  for (int64_t seen = at, next; seen < free; seen = next) next = seen + b->skip[seen], b->skip[seen] = (int32_t)(free + 1 - seen);
+  b->skip[free] = 1;
+  return free;
+}
+
 /* A buffered queue: when an item can be read, and when there is room for the next. */
 typedef struct {
   int64_t readable[DEEPEST], depth, count, popped;
@@ -168,8 +195,9 @@ typedef struct {
 
 typedef struct {
   Design d;
+  Bus bus;
   int64_t latency, depth;
-  int64_t word, asked, burst, come, popped, taken, dispatched, freed[BURSTS], bursts;
+  int64_t word, asked, come[BURST], popped, taken, dispatched, freed[BURSTS], bursts;
   Queue queues[UNITS], ahead;
   Tokens tokens[UNITS][UNITS];
   int64_t free[UNITS], idle[UNITS], written, arrived, multiplied, read;
@@ -188,9 +216,11 @@ static int64_t arrives(Clock *k) {
   if (number == 0) {
     const int64_t freed = k->bursts < BURSTS ? 0 : k->freed[k->bursts % BURSTS] + 1;
     k->asked = largest(k->asked + 1, freed), k->bursts++;
-    k->burst = largest(k->asked + k->latency, k->come + 1), k->come = k->burst + BURST - 1;
+    int64_t before = k->come[BURST - 1];
+    for (int word = 0; word < BURST; word++)
+      before = k->come[word] = transfer(&k->bus, largest(k->asked + k->latency, before + 1));
   }
-  return k->burst + number + 2;
+  return k->come[number] + 2;
 }
 
 /* The cycle in which the program's next word goes into its half of an instruction, at the earliest then. */
@@ -214,9 +244,16 @@ static int64_t loaded(Clock *k, const Instruction *one, int64_t begun) {
   k->free[LOAD] = largest(begun + ny + 1, room(&k->ahead));
   at += 1 + FIELD(one, LOAD_TOP) * frame;
   for (int64_t y = 0; y < ny; y++) {
-    const int64_t first = largest(begun + 1 + y + k->latency, k->arrived + 1);
-    k->arrived = first + words - 1;
-    at = largest(at + left, first) + words + right;
+    int64_t earliest = begun + 1 + y + k->latency;
+    if (k->bus.size) {
+      at += left;
+      for (int64_t word = 0; word < words; word++) at = transfer(&k->bus, largest(at, earliest)) + 1;
+      at += right;
+      continue;
+    }
+    earliest = largest(earliest, k->arrived + 1);
+    k->arrived = earliest + words - 1;
+    at = largest(at + left, earliest) + words + right;
   }
   k->written = at + FIELD(one, LOAD_BOTTOM) * frame;
   k->idle[LOAD] = k->written + 2;
@@ -239,8 +276,15 @@ static int64_t requantized(Clock *k, const Instruction *one, int64_t begun) {
 }
 
 static int64_t stored(Clock *k, const Instruction *one, int64_t begun) {
-  const int64_t line = 1 + FIELD(one, STORE_NX) * k->d.columns / 8;
-  const int64_t done = begun + FIELD(one, STORE_NY) * line + 4 + k->latency;
+  const int64_t words = FIELD(one, STORE_NX) * k->d.columns / 8;
+  int64_t at = begun + 4;
+  for (int64_t y = 0; y < FIELD(one, STORE_NY); y++) {
+    at += 1;
+    if (k->bus.size)
+      for (int64_t word = 0; word < words; word++) at = transfer(&k->bus, at) + 1;
+    else at += words;
+  }
+  const int64_t done = at + k->latency;
   k->free[STORE] = k->idle[STORE] = done + 1;
   return done;
 }
@@ -277,21 +321,24 @@ static int tick(Clock *k, const Instruction *one, int64_t *begun, int64_t *done)
 /* Cycles from the start until all is done; -1 where an instruction waits for ever, -2 without memory of its own.
  *
  * memory: changed as the program says; where it is NULL nothing is computed, and only the time is told.
+ * shared: whether the memory's ports share a bus.
  * times: where not NULL, for each instruction the cycle in which it left its queue and that in which it was done.
  */
 int64_t run(const int64_t *design, uint8_t *memory, const Instruction *program, int64_t count, int64_t latency,
-            int64_t *times) {
+            int shared, int64_t *times) {
   Design d;
   memcpy(&d, design, sizeof d);
   Clock k;
   open_clock(&k, &d, latency);
+  if (shared) k.bus.size = 1 << 16, k.bus.skip = calloc(k.bus.size, sizeof *k.bus.skip), k.bus.full = !k.bus.skip;
   Machine m = {0};
-  if (memory && !open_machine(&m, &d)) return close_machine(&m), -2;
+  if (k.bus.full || (memory && !open_machine(&m, &d))) return close_machine(&m), free(k.bus.skip), -2;
   int64_t cycles = 0;
   for (int64_t i = 0; i < count && cycles >= 0; i++) {
     const Instruction *one = program + i;
     int64_t begun, done;
     if (tick(&k, one, &begun, &done)) cycles = -1;
+    if (k.bus.full) cycles = -2;
     if (times) times[2 * i] = begun, times[2 * i + 1] = done;
     if (!memory || cycles < 0) continue;
     switch (FIELD(one, LOAD_OPCODE)) {
@@ -302,6 +349,7 @@ int64_t run(const int64_t *design, uint8_t *memory, const Instruction *program, 
     }
   }
   if (memory) close_machine(&m);
+  free(k.bus.skip);
   if (cycles < 0) return cycles;
   cycles = k.dispatched + 1;
   for (int unit = 0; unit < UNITS; unit++) cycles = largest(cycles, k.idle[unit]);

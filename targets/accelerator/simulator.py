@@ -55,18 +55,26 @@ def execute(program: bytes, memory: NDArray[np.uint8], design: Design, latency: 
     return _run(program, memory, design, latency)
 
 
-def timing(program: bytes, design: Design, latency: int = LATENCY) -> Timing:
-    """The cycles alone, about 20 million instructions in a second."""
-    return _run(program, None, design, latency)
+def timing(program: bytes, design: Design, latency: int = LATENCY, *, shared: bool = False) -> Timing:
+    """The cycles alone, about 20 million instructions in a second.
+
+    Args:
+        shared: whether programs, loads and stores share one bus, which moves a word in each cycle. That is near what
+            the circuit takes there, not to the cycle.
+    """
+    return _run(program, None, design, latency, shared)
 
 
-def _run(program: bytes, memory: NDArray[np.uint8] | None, design: Design, latency: int) -> Timing:
+def _run(
+    program: bytes, memory: NDArray[np.uint8] | None, design: Design, latency: int, shared: bool = False
+) -> Timing:
     count = len(program) // BYTES
     times = np.zeros((count, 2), np.int64)
     sizes = np.array([getattr(design, name) for name in _DESIGN], np.int64)
     cycles = _library().run(
         ctypes.c_void_p(sizes.ctypes.data), ctypes.c_void_p(None if memory is None else memory.ctypes.data),
-        ctypes.c_char_p(program), ctypes.c_int64(count), ctypes.c_int64(latency), ctypes.c_void_p(times.ctypes.data),
+        ctypes.c_char_p(program), ctypes.c_int64(count), ctypes.c_int64(latency), ctypes.c_int(shared),
+        ctypes.c_void_p(times.ctypes.data),
     )  # fmt: skip
     if cycles == -2:
         raise MemoryError("No memory for the accelerator's buffers.")

@@ -106,6 +106,13 @@ def bits(network: Network, built: Executable, inputs: list[Frame]) -> int:
     return wrong
 
 
+def sharing(built: Executable, frame: Frame) -> tuple[int, float]:
+    """Where the memory's ports share a bus: (the cycles that are told, the circuit's over them)."""
+    told = simulator.timing(built.program, DESIGN, shared=True).cycles
+    found, _ = verilated.run(verilated.library(DESIGN), built.program, given(built, frame), shared=True)
+    return told, found / told
+
+
 def circuit(built: Executable, inputs: list[Frame]) -> tuple[int, int, float, float]:
     """(frames that differ in a bit, cycles that they are off by, seconds of a frame, times the model is faster)."""
     library, wrong, off, seconds = verilated.library(DESIGN), 0, 0, []
@@ -141,6 +148,9 @@ def dronet(job: Job, count: int | None) -> list[Row]:
     wrong, off, seconds, faster = circuit(built, inputs[:RTL_FRAMES])
     row(f"of {RTL_FRAMES} in RTL, with a wrong bit", wrong, 0)
     row("cycles that the model is off by", off, 0)
+    told, share = sharing(built, inputs[0])
+    row("cycles of a frame, memory's ports sharing a bus", told, None)
+    row("those of RTL over them", share, None)
     row("seconds of a frame in RTL", seconds, 300)
     row("times the cycle model is faster than RTL", faster, 1000, most=False)
     cut = CUT.run(job.model, bench)

@@ -1,5 +1,6 @@
-// The circuit under Verilator, with a memory that answers each of its ports after a fixed latency, a word in each cycle.
-// The same memory as simulate.py's, behind one C function.
+// The circuit under Verilator, with a memory that answers each of its ports after a fixed latency, a word in each cycle:
+// the same memory as simulate.py's, behind one C function. Or its ports share a bus, which moves one word in each cycle:
+// one to write before one that is read, and that before one of the program, which is asked for far ahead.
 
 #include <algorithm>
 #include <cstdint>
@@ -21,7 +22,8 @@ Request request(uint64_t payload) {
 
 class Reads {
  public:
-  Reads(const uint64_t* words, uint64_t size, int latency) : words_(words), size_(size), latency_(latency) {}
+  Reads(const uint64_t* words, uint64_t size, int latency, bool shared)
+      : words_(words), size_(size), latency_(latency), shared_(shared) {}
 
   bool valid(uint64_t now) const { return !waiting_.empty() && waiting_.front().first <= now; }
   uint64_t word() const { return waiting_.empty() ? 0 : waiting_.front().second; }
@@ -31,7 +33,7 @@ class Reads {
     if (!asked) return true;
     const Request one = request(payload);
     for (uint32_t k = 0; k < one.words; k++) {
-      last_ = std::max(last_ + 1, now + latency_);
+      last_ = std::max(last_ + !shared_, now + latency_);
       const uint64_t at = uint64_t{one.address} + k;
       waiting_.emplace_back(last_, at < size_ ? words_[at] : 0);
     }
@@ -42,6 +44,7 @@ class Reads {
   const uint64_t* words_;
   uint64_t size_, last_ = 0;
   int latency_;
+  bool shared_;
   std::deque<std::pair<uint64_t, uint64_t>> waiting_;
 };
 
@@ -78,10 +81,10 @@ class Writes {
 // Cycles until the program is done; -1 where it is not after `limit`, -2 where it writes outside the memory.
 // busy: four counts, the cycles in which LOAD, GEMM, POST and STORE were at work.
 extern "C" int64_t run(uint64_t* memory, uint64_t size, const uint64_t* program, uint32_t count, int latency,
-                       int64_t limit, uint64_t* busy) {
+                       int shared, int64_t limit, uint64_t* busy) {
   VerilatedContext context;
   Vaccelerator top(&context, "top");
-  Reads code(program, uint64_t{2} * count, latency), reads(memory, size, latency);
+  Reads code(program, uint64_t{2} * count, latency, shared), reads(memory, size, latency, shared);
   Writes writes(memory, size, latency);
   top.program_request_ready = top.read_request_ready = top.write_request_ready = top.write_words_ready = 1;
   top.rst = 0;
@@ -96,6 +99,11 @@ extern "C" int64_t run(uint64_t* memory, uint64_t size, const uint64_t* program,
     top.read_words_payload = reads.word();
     top.write_done = writes.done(now);
     top.clk = 0;
+    if (shared) {
+      top.eval();
+      top.read_words_valid = reads.valid(now) && !top.write_words_valid;
+      top.program_words_valid = code.valid(now) && !top.write_words_valid && !(top.read_words_valid && top.read_words_ready);
+    }
     top.eval();
     if (now && top.idle) {
       result = now;
@@ -106,8 +114,8 @@ extern "C" int64_t run(uint64_t* memory, uint64_t size, const uint64_t* program,
               top.program_words_valid && top.program_words_ready);
     reads.step(now, top.read_request_valid, top.read_request_payload,
                top.read_words_valid && top.read_words_ready);
-    if (!writes.step(now, top.write_request_valid, top.write_request_payload, top.write_words_valid,
-                     top.write_words_payload)) {
+    if (!writes.step(now, top.write_request_valid, top.write_request_payload,
+                     top.write_words_valid && top.write_words_ready, top.write_words_payload)) {
       result = -2;
       break;
     }

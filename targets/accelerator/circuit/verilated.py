@@ -47,13 +47,15 @@ def library(design: Design) -> Path:
 
 
 def run(
-    built: Path, program: bytes, memory: NDArray[np.uint8], latency: int = LATENCY, limit: int = 2**40
+    built: Path, program: bytes, memory: NDArray[np.uint8], latency: int = LATENCY, limit: int = 2**40,
+    *, shared: bool = False,
 ) -> tuple[int, tuple[int, int, int, int]]:
     """Execute a program; (cycles, cycles in which each unit was at work). Changes the memory image.
 
     Args:
         built: what `library` made.
         latency, limit: as `simulate.run` has them.
+        shared: whether the memory's ports share a bus, as `simulator.timing` has it.
 
     Raises:
         ProgramError: it is stuck, or writes outside the memory.
@@ -65,7 +67,7 @@ def run(
     cycles = call(
         ctypes.c_void_p(memory.ctypes.data), ctypes.c_uint64(memory.size // WORD_BYTES),
         ctypes.c_void_p(lines.ctypes.data), ctypes.c_uint32(len(program) // BYTES), ctypes.c_int(latency),
-        ctypes.c_int64(limit), ctypes.c_void_p(busy.ctypes.data),
+        ctypes.c_int(shared), ctypes.c_int64(limit), ctypes.c_void_p(busy.ctypes.data),
     )  # fmt: skip
     if cycles == STUCK:
         raise ProgramError(f"The circuit is not done after {limit} cycles.")
