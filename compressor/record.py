@@ -19,6 +19,7 @@ from compressor.pathway import count_macs
 from compressor.recipe import Recipe
 from compressor.report.pictures import png
 from compressor.report.schema import (
+    Accelerated,
     ArtifactResult,
     BaselineResult,
     Kernel,
@@ -37,7 +38,10 @@ from compressor.workload import Batch
 from profiles.device import Device
 from profiles.host import Environment
 from profiles.measure import ratio
+from targets.accelerator import package
+from targets.accelerator.isa import KINDS
 from targets.artifact import KERNELS
+from targets.fpga import clock_of
 from targets.profiling import kernels
 
 
@@ -178,9 +182,31 @@ def _artifact_rows(made: Deployed, timings: Timings, device: Device, directory: 
                 ),
                 verified=verified,
                 kernels=_kernels(made),
+                accelerator=_accelerated(made),
             )
         )
     return rows
+
+
+def _accelerated(made: Deployed) -> Accelerated | None:
+    folder, device = made.artifact.directory, made.artifact.manifest.device
+    if made.artifact.manifest.target != "fpga":
+        return None
+    seen, design, clock = package.activity(folder), package.read(folder).design, clock_of(device)
+    return Accelerated(
+        rows=design.rows,
+        columns=design.columns,
+        megahertz=clock.megahertz,
+        clock_by=clock.by,
+        cycles=seen.cycles,
+        shared_cycles=seen.shared_cycles,
+        read_bytes=seen.read_bytes,
+        written_bytes=seen.written_bytes,
+        program_bytes=seen.program_bytes,
+        memory_bytes=(folder / package.IMAGE).stat().st_size,
+        buffer_bytes=design.buffers,
+        work={kind.__name__.upper(): row for kind, row in zip(KINDS, seen.work.round(4).tolist(), strict=True)},
+    )
 
 
 def _kernels(made: Deployed) -> tuple[Kernel, ...]:
@@ -188,7 +214,16 @@ def _kernels(made: Deployed) -> tuple[Kernel, ...]:
         return ()
     layers = [call for call in kernels(made.artifact).calls if call.layer]
     return tuple(
-        Kernel(layer=c.layer, kernel=c.kernel, macs=c.macs, density=c.density, instead=c.instead) for c in layers
+        Kernel(
+            layer=c.layer,
+            kernel=c.kernel,
+            macs=c.macs,
+            density=c.density,
+            instead=c.instead,
+            cycles=c.cycles,
+            moved_bytes=c.moved_bytes,
+        )
+        for c in layers
     )
 
 

@@ -28,6 +28,7 @@ class Call(Settings):
         bytes: of everything it reads and writes, each once.
         weight_bytes: the constants among them.
         cycles: that an accelerator takes for it; 0 for what a processor computes.
+        moved_bytes: that an accelerator reads from its memory and writes to it, each as often as it does.
     """
 
     function: str
@@ -41,6 +42,7 @@ class Call(Settings):
     bytes: int
     weight_bytes: int
     cycles: int = 0
+    moved_bytes: int = 0
 
     @property
     def accelerated(self) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 
 from compressor.report import pictures
 from compressor.report.schema import (
+    Accelerated,
     ArtifactResult,
     BaselineResult,
     Kernel,
@@ -22,7 +23,7 @@ from compressor.report.schema import (
     Verified,
 )
 from profiles.host import Environment, Moment
-from profiles.measure import Measurement, ratio
+from profiles.measure import Emulated, Measurement, ratio
 
 METRICS = {
     "segmentation": ("mIoU", True, 0.8127),
@@ -159,6 +160,44 @@ def _artifact(at: int, tasks: tuple[str, ...], threads: int, dense: Measurement,
             ),
         ),
     )
+
+
+def accelerated() -> Report:
+    """Of a run for an fpga: one artifact, two runs of its accelerator, none measured."""
+    full = report(tasks=1, layers=2, threads=(1,))
+    seen = Accelerated(
+        rows=16,
+        columns=8,
+        megahertz=117.1,
+        clock_by="place-and-route",
+        cycles=(8_000, 2_000),
+        shared_cycles=10_400,
+        read_bytes=40_000,
+        written_bytes=12_000,
+        program_bytes=4_096,
+        memory_bytes=200_000,
+        buffer_bytes={"inputs": 32_768, "weights": 32_768},
+        work={unit: tuple(k % 5 / 4 for k in range(20)) for unit in ("LOAD", "GEMM", "POST", "STORE")},
+    )
+    layers = (
+        Kernel(
+            layer="conv 3 x 3: 16 x 24 x 24 to 32 x 24 x 24", kernel="accelerator: 8,000 cycles, array 90% full",
+            macs=921_600, density=1.0, cycles=8_000, moved_bytes=44_000,
+        ),
+        Kernel(
+            layer="largest of 2 x 2", kernel="accelerator: 1,990 cycles", macs=0, density=1.0, cycles=1_990,
+            moved_bytes=8_000,
+        ),
+        Kernel(layer="host", kernel="host: softmax", macs=0, density=1.0),
+    )
+    latency = Latency.of(Emulated(0.0854, "RTL simulation", "10,000 cycles at 117.1 MHz"))
+    one = full.artifacts[0].model_copy(
+        update={
+            "target": "fpga", "latency_ms": latency, "samples": (), "ratio_to_dense": None, "accelerator": seen,
+            "kernels": layers,
+        }
+    )
+    return full.model_copy(update={"artifacts": (one,), "baselines": ()})
 
 
 def _stages(tasks: tuple[TaskResult, ...]) -> tuple[StageResult, ...]:

@@ -21,7 +21,7 @@ from profiles.device import load
 from profiles.measure import Emulated, Estimate
 from targets import artifact as artifacts
 from targets.accelerator import package
-from targets.accelerator.isa import decode
+from targets.accelerator.isa import Gemm, Load, Memory, Store, decode
 from targets.accelerator.network import macs_of
 from targets.accelerator.reading import read as read_layers
 from targets.accelerator.tokens import check
@@ -101,6 +101,30 @@ def test_the_cycles_of_layers_are_those_of_their_runs(built: Artifact) -> None:
     simulated = FpgaTarget().simulated(built)
     assert isinstance(simulated, Emulated)
     assert simulated.latency_ms == pytest.approx(sum(run.cycles() for run in runs) / MEGAHERTZ / 1e3)
+
+
+def test_the_report_says_what_the_units_do_and_what_they_move(whole: Path, built: Artifact) -> None:
+    (row,), runs = read(whole).artifacts, package.opened(built.directory)
+    seen = row.accelerator
+    assert seen is not None
+    assert seen.cycles == tuple(run.cycles() for run in runs) and sum(seen.cycles) <= seen.shared_cycles
+    assert seen.memory_bytes == (built.directory / package.IMAGE).stat().st_size
+    programs = [list(decode(run.program)) for run in runs]
+    moved = {Load: 0, Store: 0}
+    busy = dict.fromkeys(("LOAD", "GEMM", "POST", "STORE"), 0)
+    for one in (one for program in programs for one in program):
+        entries = one.ny * one.nx
+        if isinstance(one, Load | Store):
+            wide = 4 if isinstance(one, Load) and one.memory is Memory.PARAMETERS else 1
+            moved[type(one)] += 8 * entries * wide
+        if isinstance(one, Gemm | Store):
+            busy[type(one).__name__.upper()] += entries
+    assert (seen.read_bytes, seen.written_bytes) == (moved[Load], moved[Store])
+    assert seen.program_bytes == sum(16 * len(program) for program in programs)
+    assert sum(kernel.moved_bytes for kernel in row.kernels) == moved[Load] + moved[Store]
+    for unit in ("GEMM", "STORE"):
+        worked = sum(seen.work[unit]) / len(seen.work[unit]) * sum(seen.cycles)
+        assert worked == pytest.approx(busy[unit], rel=0.01)
 
 
 def test_multiply_adds_are_the_layers_own(built: Artifact) -> None:

@@ -119,6 +119,21 @@ def test_any_number_of_tasks_and_layers_can_be_drawn(tasks: int, layers: int, th
     assert ("Layers" in seen.lines) == (layers > 0)
 
 
+def test_what_an_accelerator_is_at_is_drawn_from_cycles_and_called_simulated() -> None:
+    page = render(fake_report.accelerated())
+    seen = Page(page)
+    assert seen.open == []
+    assert 'id="accelerator"' in page and all(f">{unit}<" in page for unit in ("LOAD", "GEMM", "POST", "STORE"))
+    lines = seen.text.splitlines()
+    assert "whole" not in lines and "Nothing here was measured on a device." in seen.text
+    assert "| conv 3 x 3: 16 x 24 x 24 to 32 x 24 x 24 | 922 k | 8,000 | 80 % | 90 % | 43.0 KiB" in lines
+    assert f"| largest of 2 x 2 | 0 | 1,990 | 20 % | {NONE} | 7.81 KiB" in lines
+    assert "segmentation: 2 runs on an array of 16 x 8 at 117.1 MHz (place-and-route)" in lines
+    assert "10,000 cycles, 0.0854 ms, all memory stalls counted; what the host computes is not in it" in lines
+    assert "54.8 KiB a frame: loads 39.1 KiB, stores 11.7 KiB, instructions 4.00 KiB" in lines
+    assert "| host | host: softmax | 0 | 100 % | no choice" in lines, "which is the host's table, not the array's"
+
+
 def test_sections_without_anything_to_show_are_left_out() -> None:
     full = fake_report.report()
     empty = ("stages", "layers", "artifacts", "baselines", "pictures", "warnings")

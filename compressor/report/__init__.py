@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from compressor.report import (
+    accelerator,
     artifacts,
     latency,
     layers,
@@ -29,6 +30,7 @@ SECTIONS: dict[str, Callable[[Report], Section | None]] = {
     "tasks": tasks.section,
     "pictures": pictures.section,
     "latency": latency.section,
+    "accelerator": accelerator.section,
     "layers": layers.section,
     "stages": stages.section,
     "artifacts": artifacts.section,

@@ -37,7 +37,7 @@ def section(report: Report) -> Section | None:
             "Verified against the eager network's answers on the same inputs; per rung the task nearest its tolerance"
         )
         blocks.append(Table(head, "llrlrrrl", distinct, caption, folded=len(distinct) > FOLDED_ROWS))
-    blocks += [_kernels(artifact) for artifact in once.values() if artifact.kernels]
+    blocks += [_kernels(artifact) for artifact in once.values() if any(not one.cycles for one in artifact.kernels)]
     return Section("Artifacts", tuple(blocks))
 
 
@@ -45,6 +45,7 @@ def _kernels(artifact: ArtifactResult) -> Table:
     rows = tuple(
         (one.layer, one.kernel, count(one.macs), percent(one.density), one.instead or "no choice")
         for one in artifact.kernels
+        if not one.cycles
     )
     caption = f"Kernels of '{artifact.name}': what each layer got, and how long its other form would have taken"
     return Table(("Layer", "Kernel", "Multiply-adds", "Density", "Instead"), "llrrl", rows, caption, folded=True)

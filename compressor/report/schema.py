@@ -238,13 +238,44 @@ class Kernel(Part):
         kernel: how: "direct", "winograd 4", "sparse".
         macs: by definition, zeros included.
         instead: of a layer that could be dense or sparse, how many times as long the other would have taken.
+        cycles, moved_bytes: of a layer that an accelerator computes, and what goes over its memory's ports for that.
     """
 
     layer: str
     kernel: str
     macs: NonNegativeInt
-    density: Annotated[float, Field(ge=0, le=1)]
+    density: Fraction
     instead: str = ""
+    cycles: NonNegativeInt = 0
+    moved_bytes: NonNegativeInt = 0
+
+
+class Accelerated(Part):
+    """What an accelerator is at in one frame, by its cycle models; its host's part is not in it.
+
+    Attributes:
+        rows, columns: of its array of multipliers.
+        megahertz, clock_by: its clock, and whether that was placed and routed or is an estimate.
+        cycles: of each run, in their order, with a bus for each of the memory's ports.
+        shared_cycles: of all runs where these ports share one: not to the cycle.
+        read_bytes, written_bytes, program_bytes: that loads, stores and instructions move.
+        memory_bytes: of the memory that it works in, programs aside.
+        buffer_bytes: of the memories on the chip, by what they hold.
+        work: of each unit, the share of each of equally long spans of the frame in which it does not wait.
+    """
+
+    rows: Annotated[int, Field(ge=1)]
+    columns: Annotated[int, Field(ge=1)]
+    megahertz: Annotated[float, Field(gt=0)]
+    clock_by: str
+    cycles: tuple[NonNegativeInt, ...]
+    shared_cycles: NonNegativeInt
+    read_bytes: NonNegativeInt
+    written_bytes: NonNegativeInt
+    program_bytes: NonNegativeInt
+    memory_bytes: NonNegativeInt
+    buffer_bytes: Mapping[str, NonNegativeInt]
+    work: Mapping[str, tuple[Fraction, ...]]
 
 
 class ArtifactResult(Timed):
@@ -257,6 +288,7 @@ class ArtifactResult(Timed):
         load_ms, first_ms: opening it and its first inference, apart from the steady state.
         peak_rss_bytes: of a process that loads and runs it alone.
         kernels: of its layers, in order; empty where the target keeps no account of them.
+        accelerator: of one that an accelerator runs.
     """
 
     name: str
@@ -276,6 +308,7 @@ class ArtifactResult(Timed):
     ratio_to_dense: PairedRatio | None = None
     verified: tuple[Verified, ...] = ()
     kernels: tuple[Kernel, ...] = ()
+    accelerator: Accelerated | None = None
 
 
 class BaselineResult(Timed):

@@ -32,7 +32,7 @@ _BUILD = """#!/bin/sh -e
 # Synthesises, places and routes the circuit behind four pins, as its clock was found. A board's own top module, which
 # joins accelerator.v with a memory and a host, takes the harness' place.
 cd "$(dirname "$0")"
-yosys -p "read_verilog harness.v; synth_ecp5 -top {top} -json harness.json"
+yosys -p "read_verilog harness.v; synth_ecp5 -nodsp -top {top} -json harness.json"
 nextpnr-ecp5 --{size} --package {package} --speed 6 --json harness.json --lpf harness.lpf --lpf-allow-unconstrained \\
   --textcfg harness.config --freq {megahertz:g}
 ecppack harness.config --bit harness.bit

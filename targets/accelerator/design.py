@@ -1,6 +1,6 @@
 """The sizes that a circuit is generated from and programs are compiled for."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -31,6 +31,7 @@ class Design(Settings):
         output_rows: rows of the output buffer, of `columns` bytes each.
         parameter_rows: rows of requantization parameters, of `lanes` words each.
         queue: instructions that each unit's queue holds.
+        array_in: what the array multiplies in: the device's multipliers, or look-up tables where it has too few.
     """
 
     rows: int = Field(ge=8, le=64, default=16)
@@ -43,6 +44,7 @@ class Design(Settings):
     output_rows: int = Field(ge=32, le=2**12, default=2048)
     parameter_rows: int = Field(ge=16, le=2**10, default=512)
     queue: int = Field(ge=2, le=64, default=8)
+    array_in: Literal["multipliers", "luts"] = "multipliers"
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -70,6 +72,18 @@ class Design(Settings):
     def block_words(self) -> int:
         """Bus words of one channel block of one pixel, or of one row of weights."""
         return self.columns // WORD_BYTES
+
+    @property
+    def buffers(self) -> dict[str, int]:
+        """Bytes of memory on the chip, by what they hold."""
+        return {
+            "inputs": self.input_rows * self.rows,
+            "weights": self.weight_rows * self.columns,
+            "sums": 2 * 4 * self.accumulator_rows * self.columns,
+            "side": self.side_rows * self.columns,
+            "outputs": self.output_rows * self.columns,
+            "parameters": self.parameter_rows * self.lanes * WORD_BYTES,
+        }
 
     @property
     def parameter_block(self) -> int:

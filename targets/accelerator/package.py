@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 
 from profiles.settings import Settings, faults
 from targets.accelerator import simulator
+from targets.accelerator.activity import Activity, moves, observe
 from targets.accelerator.design import WORD_BYTES, Design
 from targets.accelerator.isa import decode
 from targets.accelerator.layers import Contraction, Layer, Pooling, Product, Window
@@ -138,6 +139,16 @@ class Simulated:
         return simulator.timing(self.program, self.design).cycles
 
 
+def activity(folder: Path) -> Activity:
+    """Of one frame, on the programs of a folder.
+
+    Raises:
+        TargetError: as `opened` does.
+    """
+    runs = opened(folder)
+    return observe([run.program for run in runs], runs[0].design)
+
+
 def opened(folder: Path) -> list[Simulated]:
     """The runs of a folder whose files were verified: its programs are trusted as its library is.
 
@@ -194,7 +205,7 @@ def _stored(port: Port, value: NDArray[np.int8]) -> NDArray[np.int8]:
 def account(network: Network, built: Executable, function: str) -> Iterator[Call]:
     """Each layer of a run; its cycles are those from the last instruction of the layer before it until its own last."""
     times, design = simulator.timing(built.program, built.design), built.design
-    owners, before = np.asarray(built.layers), 0
+    owners, words, before = np.asarray(built.layers), moves(built.program, built.design), 0
     for number, node in enumerate(network.nodes):
         until = max(before, int(times.done[owners == number].max(initial=0)))
         cycles, macs = until - before, macs_of(node, network.values)
@@ -206,7 +217,7 @@ def account(network: Network, built: Executable, function: str) -> Iterator[Call
             layer=f"{_named(node.layer)}: {' to '.join(shapes)}", layout="int8", macs=macs, work=macs,
             density=float((weights != 0).mean()) if weights.size else 1.0, instead="",
             bytes=sum(int(np.prod(network.values[name].shape)) for name in (*node.reads, node.result)) + weights.size,
-            weight_bytes=weights.size, cycles=cycles,
+            weight_bytes=weights.size, cycles=cycles, moved_bytes=WORD_BYTES * int(words[owners == number].sum()),
         )  # fmt: skip
         before = until
 

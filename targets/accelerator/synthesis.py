@@ -57,7 +57,7 @@ def synthesise(design: Design, folder: Path) -> Resources:
         TargetError: yosys is missing or fails.
     """
     (folder / "circuit.il").write_text(_circuit(design))
-    tools.yosys(["read_rtlil circuit.il", f"synth_ecp5 -top {TOP} -json {NETLIST}"], folder)
+    tools.yosys(["read_rtlil circuit.il", f"synth_ecp5 -nodsp -top {TOP} -json {NETLIST}"], folder)
     return _resources(folder / NETLIST)
 
 
