@@ -13,6 +13,7 @@ from compressor.macs import macs_of
 from compressor.model import MultiTaskModel, some
 from compressor.quantization.bias import offsets
 from compressor.quantization.calibrate import grids, seen
+from compressor.quantization.equalise import equalised
 from compressor.quantization.grids import Quantization
 from compressor.quantization.points import Points, points
 from compressor.quantization.ranges import Rule
@@ -37,13 +38,16 @@ class Quantize(Settings):
         answers: "int32" leaves a contraction's answer that is a task's answer as the accumulators hold it; "int8" puts
             it on a grid as well.
         keep: layers that stay in floating point, by the names of their modules.
+        equalise: first bring a tensor's channels to like ranges, by powers of two that leave the answers as they are:
+            "auto" where a task leaves its budget without, if the worst task gains.
         correct_bias: add to each layer's bias what its outputs are off by on the calibration batches, on average.
         most_kept: where a task leaves its budget, layers are left in floating point, those first that win most of it
             back, up to this share of the multiply-adds.
         slack: budgets are multiplied by this here, since a later `finetune` wins much of the drop back.
 
     Source: Jacob et al., CVPR 2018; bias correction: Nagel et al., "Data-Free Quantization Through Weight Equalization
-    and Bias Correction", ICCV 2019, section 4.2 (measured on data, layer after layer).
+    and Bias Correction", ICCV 2019, section 4.2 (measured on data, layer after layer); equalisation: section 4.1 of the
+    same (`compressor/quantization/equalise.py`).
     """
 
     kind: Literal["quantize"]
@@ -53,6 +57,7 @@ class Quantize(Settings):
     batches: int = Field(ge=1, default=8)
     answers: Literal["int32", "int8"] = "int32"
     keep: tuple[str, ...] = ()
+    equalise: Literal["auto", "always", "never"] = "auto"
     correct_bias: bool = True
     most_kept: Annotated[float, Field(ge=0, le=1)] = 0.1
     slack: float = Field(ge=1, default=1.0)
@@ -80,9 +85,16 @@ class Quantize(Settings):
         if model.quantization is not None:
             raise CompressError("The network is quantized already; a recipe has one 'quantize' stage.")
         work = _Work(self, model.clone(), bench)
-        found = work.quantized(work.asked_to_stay(), corrected=self.correct_bias)
-        scores = bench.scores(found)
-        bench.progress.line(f"  quantize: {_told(scores)}")
+        if self.equalise == "always":
+            work = work.equalised()
+        found, scores = work.scored()
+        if self.equalise == "auto" and bench.over(scores, self.slack):
+            other = work.equalised()
+            after = other.scored()
+            if min(bench.shares(after[1]).values()) > min(bench.shares(scores).values()):
+                work, (found, scores) = other, after
+        if work.told:
+            bench.note(work.told)
         assert found.quantization is not None
         bench.note(
             f"{len(found.quantization.values)} values and {len(found.quantization.scales)} weights lie on grids, from "
@@ -96,10 +108,14 @@ class Quantize(Settings):
 
 
 class _Work:
-    """What the stage computes once: the trace, and how far its values reach."""
+    """What the stage computes once: the trace, and how far its values reach.
 
-    def __init__(self, how: Quantize, model: MultiTaskModel, bench: Bench) -> None:
-        self.how, self.model, self.bench = how, model, bench
+    Attributes:
+        told: what was done to the network before, as a sentence.
+    """
+
+    def __init__(self, how: Quantize, model: MultiTaskModel, bench: Bench, told: str = "") -> None:
+        self.how, self.model, self.bench, self.told = how, model, bench, told
         self._traces: dict[object, fx.GraphModule] = {}
         self.network = self.trace(model.inputs)
         self.names = layer_names(self.network)
@@ -109,6 +125,12 @@ class _Work:
             raise CompressError("quantize: the network has no convolution, linear layer or matrix product.")
         self.layers = everything.layers
         self.histograms = seen(self.trace, everything.values, self.batches)
+
+    def equalised(self) -> "_Work":
+        """The same of the network with equalised channels."""
+        found, moved = equalised(self.model, self.batches)
+        told = f"{moved} channels were brought nearer to the range of those beside them, by powers of two."
+        return _Work(self.how, found, self.bench, told)
 
     def trace(self, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
         """The folded trace for inputs of these shapes."""
@@ -138,6 +160,13 @@ class _Work:
         found = self.model.clone()
         found.quantization = record
         return found
+
+    def scored(self) -> tuple[MultiTaskModel, dict[str, float]]:
+        """The model with all contractions on grids but those that were asked to stay, and its scores."""
+        found = self.quantized(self.asked_to_stay(), corrected=self.how.correct_bias)
+        scores = self.bench.scores(found)
+        self.bench.progress.line(f"  quantize: {_told(scores)}")
+        return found, scores
 
     def relieved(self, scores: dict[str, float]) -> tuple[MultiTaskModel, dict[str, float]]:
         """With layers left in floating point, the most helpful first, until the budgets hold or too much work would be.

@@ -1,4 +1,4 @@
-"""int8 without training: what each task loses, and whether ONNX Runtime answers as the grids say.
+"""int8 without training: what each task loses, plain and equalised, and whether ONNX Runtime answers as the grids say.
 
     python tools/bench/quantize.py [--json FILE] [--quick]
 
@@ -32,13 +32,15 @@ def rows_of(network: str, count: int) -> list[Row]:
     bench = job.bench
     with compute.threads(loaded.compute_threads):
         bench.before = bench.scores(job.model)
-        found = Quantize(kind="quantize", most_kept=0.0).run(job.model, bench)
-        scores = bench.scores(found)
-    rows = []
-    for task in found.tasks:
-        lost = drop(task, bench.before[task.name], scores[task.name])
-        share = lost if task.name in ABSOLUTE else lost / abs(bench.before[task.name])
-        rows.append(Row(f"drop of {task.name}, int8", network, "", 0, share, GOALS[network][task.name], most=True))
+        rows = []
+        for how, said in (("always", "int8, equalised"), ("never", "int8")):
+            found = Quantize(kind="quantize", most_kept=0.0, equalise=how).run(job.model, bench)  # type: ignore[arg-type]
+            scores = bench.scores(found)
+            for task in found.tasks:
+                lost = drop(task, bench.before[task.name], scores[task.name])
+                share = lost if task.name in ABSOLUTE else lost / abs(bench.before[task.name])
+                goal = GOALS[network][task.name]
+                rows.append(Row(f"drop of {task.name}, {said}", network, "", 0, share, goal, most=True))
     tasks = [task.name for task in found.tasks]
     by_onnx = session(to_program(extract(found, tasks), found.inputs)[1].model, optimised=False)
     worst = 0.0
