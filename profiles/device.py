@@ -40,7 +40,7 @@ class Device(Settings):
         vector_bits, vector_registers: of the SIMD unit (cpu kind).
         channel_multiple: layer widths that waste no lane are multiples of this.
         compiler: command that links a shared library for this device; empty means the host's own.
-        array: of an fpga, sizes of its accelerator that are not the default (`targets/accelerator/design.py`).
+        array: of an fpga, what of its accelerator is not the default (`targets/accelerator/design.py`).
         clock: of an fpga, its accelerator's.
     """
 
@@ -53,7 +53,7 @@ class Device(Settings):
     vector_registers: int = Field(ge=8, default=16)
     channel_multiple: int = Field(ge=1, default=8)
     compiler: str = ""
-    array: Mapping[str, int] = Field(default_factory=dict)
+    array: Mapping[str, int | str] = Field(default_factory=dict)
     clock: Clock | None = None
 
     @property

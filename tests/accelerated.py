@@ -16,7 +16,9 @@ from targets.accelerator.tokens import check, synchronised
 
 SMALL = Design(rows=8, columns=8, lanes=2, input_rows=256, weight_rows=256, accumulator_rows=64, side_rows=128,
                output_rows=64, parameter_rows=32)  # fmt: skip
-DESIGNS = {"16 x 8": Design(), "8 x 8, small": SMALL, "16 x 16": Design(rows=16, columns=16, lanes=8)}
+LUTS = SMALL.model_copy(update={"array_in": "luts"})
+DESIGNS = {"16 x 8": Design(), "8 x 8, small": SMALL, "16 x 16": Design(rows=16, columns=16, lanes=8),
+           "8 x 8, in look-up tables": LUTS}  # fmt: skip
 
 
 def scaling(chance: np.random.Generator, channels: int, reach: float) -> Scaling:

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from accelerated import DESIGNS, SMALL, Compiled, compiled, contraction, layers, scaling
+from accelerated import DESIGNS, LUTS, SMALL, Compiled, compiled, contraction, layers, scaling
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -48,6 +48,12 @@ def test_the_circuit_has_the_simulators_bits_and_cycles(name: str, latency: int)
     one = compiled(*SMALL_LAYERS[name], SMALL)
     memory = one.memory.copy()
     agrees(one, simulate.run(one.program, memory, SMALL, latency), memory, latency)
+
+
+def test_an_array_in_look_up_tables_is_no_other_to_programs() -> None:
+    one = compiled(*SMALL_LAYERS["added"], LUTS)
+    memory = one.memory.copy()
+    agrees(one, simulate.run(one.program, memory, LUTS), memory, simulator.LATENCY)
 
 
 def test_another_task_starts_without_a_cycle_between() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from compressor.model import MultiTaskModel
 from compressor.pathway import extract
 from compressor.report import read
 from compressor.verify import RUNGS
-from profiles.device import load
+from profiles.device import load, names
 from profiles.measure import Emulated, Estimate
 from targets import artifact as artifacts
 from targets.accelerator import package
@@ -27,7 +28,7 @@ from targets.accelerator.reading import read as read_layers
 from targets.accelerator.tokens import check
 from targets.base import Artifact, Program
 from targets.errors import TargetError
-from targets.fpga import FpgaTarget
+from targets.fpga import FpgaTarget, design_of
 from targets.lower import lower
 
 pytestmark = pytest.mark.compile
@@ -162,6 +163,17 @@ def test_a_guessed_clock_makes_an_estimate(built: Artifact) -> None:
         manifest = built.manifest.model_copy(update={"device": plan.device})
         patch.setattr(artifacts, "read", lambda directory: Artifact(directory, manifest))
         assert isinstance(FpgaTarget().simulated(built), Estimate)
+
+
+@pytest.mark.parametrize("name", names("fpga"))
+def test_every_device_has_an_accelerator_for_the_network(name: str, built: Artifact) -> None:
+    device = load(name)
+    design, plan = design_of(device), FpgaTarget().plan(program_of(built), device)
+    assert device.channel_multiple == design.rows
+    assert any(name.startswith("accelerator") for name in plan.files)
+    if (room := re.search(r"([\d,]+) 18x18 multipliers, (\d+) block RAMs", device.description)) is not None:
+        assert (design.array_in == "multipliers") * design.multipliers + 4 * design.lanes <= int(room[1])
+        assert sum(design.buffers.values()) <= int(room[2]) * 18 * 1024 // 8
 
 
 def test_an_unquantized_network_is_refused(model: MultiTaskModel) -> None:

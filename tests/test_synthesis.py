@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from accelerated import SMALL
+from accelerated import LUTS, SMALL
 
 from targets.accelerator.design import Design
 from targets.accelerator.synthesis import Resources, route, synthesise
@@ -12,8 +12,8 @@ from targets.errors import TargetError
 
 
 def multipliers(design: Design) -> int:
-    """The array's, and of each lane two for either step."""
-    return design.multipliers + 4 * design.lanes
+    """The array's, if it is made of them, and of each lane two for either step."""
+    return (design.multipliers if design.array_in == "multipliers" else 0) + 4 * design.lanes
 
 
 @pytest.mark.toolchain
@@ -22,11 +22,12 @@ def multipliers(design: Design) -> int:
     ("design", "bound"),
     [
         (SMALL, Resources(luts=7000, flip_flops=9000, multipliers=72, memories=26)),
+        pytest.param(LUTS, Resources(luts=17500, flip_flops=13500, multipliers=8, memories=26), marks=pytest.mark.slow),
         pytest.param(
             Design(), Resources(luts=10000, flip_flops=13000, multipliers=144, memories=88), marks=pytest.mark.slow
         ),
     ],
-    ids=["8 x 8, small", "16 x 8"],
+    ids=["8 x 8, small", "8 x 8, in look-up tables", "16 x 8"],
 )
 def test_the_circuit_takes_no_more_than_it_did(design: Design, bound: Resources, tmp_path: Path) -> None:
     found = synthesise(design, tmp_path)

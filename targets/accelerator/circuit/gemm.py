@@ -6,7 +6,7 @@ from amaranth.hdl import Cat, Module, Mux, Signal
 from amaranth.lib import stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from targets.accelerator.circuit.multiplier import Copy, Kind, Multiplier
+from targets.accelerator.circuit.multiplier import Copy, Kind, LutMultiplier, Multiplier
 from targets.accelerator.circuit.parts import Countdown, Front, delayed, fields, lanes, signal
 from targets.accelerator.design import Design
 from targets.accelerator.isa import BITS, Gemm, Unit
@@ -137,14 +137,14 @@ class GemmUnit(wiring.Component):
         """A sum for each column, of the rows whose address was given `depth` cycles ago; `take` comes a cycle early."""
         d, inputs = self.design, signal(self.design.rows * 8, "row")
         m.d.sync += inputs.eq(self.inputs)
-        kind: Kind = self.kind if d.array_in == "multipliers" else "plain"
         found = []
         for c in range(d.columns):
             parts = list[Any]()
             m.submodules[f"take_{c}"] = mine = Copy(self.kind)
             m.d.comb += mine.given.eq(take)
             for r, x in enumerate(lanes(inputs, 8, sign=True)):
-                m.submodules[f"multiplier_{r}_{c}"] = one = Multiplier(kind, 8, 8)
+                one = LutMultiplier() if d.array_in == "luts" else Multiplier(self.kind, 8, 8)
+                m.submodules[f"multiplier_{r}_{c}"] = one
                 m.d.comb += [one.a.eq(x), one.b.eq(shadow[r][c]), one.take.eq(mine.held)]
                 parts.append(one.product)
             while len(parts) > 1:

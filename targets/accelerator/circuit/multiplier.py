@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from amaranth.hdl import ClockSignal, Const, Instance, Module, Signal, signed
+from amaranth.hdl import ClockSignal, Const, Instance, Module, Mux, Signal, signed
 from amaranth.lib import wiring
 from amaranth.lib.wiring import In, Out
 
@@ -61,4 +61,25 @@ class Multiplier(wiring.Component):
             p_REG_PIPELINE_CLK="NONE", p_REG_OUTPUT_CLK="CLK0", p_REG_OUTPUT_CE="CE0", p_REG_OUTPUT_RST="RST0",
             p_GSR="DISABLED", p_RESETMODE="SYNC", p_SOURCEB_MODE="B_SHIFT", p_MULT_BYPASS="DISABLED", **ports,
         )  # fmt: skip
+        return m
+
+
+class LutMultiplier(wiring.Component):
+    """As `Multiplier`, of 8 bits by 8, in look-up tables: registers hold the sums of two partial products each."""
+
+    def __init__(self) -> None:
+        super().__init__({"a": In(signed(8)), "b": In(signed(8)), "take": In(1, init=1), "product": Out(signed(16))})
+
+    def elaborate(self, platform: object) -> Module:
+        m = Module()
+        held, now = (Signal.like(self.b, reset_less=True) for _ in range(2))
+        m.d.comb += now.eq(Mux(self.take, self.b, held))
+        m.d.sync += held.eq(now)
+        total = Const(0, signed(16))
+        for k in range(0, 8, 2):
+            low, high = (Mux(now[bit], self.a, 0) for bit in (k, k + 1))
+            pair = Signal(signed(11), name=f"pair_{k}", reset_less=True)
+            m.d.sync += pair.eq(low + (high << 1) if k < 6 else low - (high << 1))  # the sign's bit counts downwards
+            total = total + (pair << k)
+        m.d.sync += self.product.eq(total)
         return m
