@@ -50,9 +50,8 @@ class Compiled:
         return self.target.read(memory, self.design)
 
 
-def compiled(layer: Layer, shape: tuple[int, int, int], design: Design, seed: int = 0) -> Compiled:
-    """The program of one layer, its tokens checked."""
-    chance = np.random.default_rng(seed)
+def placed(layer: Layer, shape: tuple[int, int, int], design: Design) -> tuple[Compiler, Place, Place | None, Place]:
+    """One layer without tokens: what it reads, what that is added to or multiplied with, and what it makes."""
     compiler = Compiler(design)
     source = compiler.place(*shape)
     results = layer.results(*shape[1:])
@@ -61,7 +60,13 @@ def compiled(layer: Layer, shape: tuple[int, int, int], design: Design, seed: in
         other = compiler.place(len(layer.weights), *results)
     if isinstance(layer, Product):
         other = compiler.place(layer.channels, shape[1], shape[0])
-    target = compiler.layer(layer, source, other)
+    return compiler, source, other, compiler.layer(layer, source, other)
+
+
+def compiled(layer: Layer, shape: tuple[int, int, int], design: Design, seed: int = 0) -> Compiled:
+    """The program of one layer, its tokens checked."""
+    chance = np.random.default_rng(seed)
+    compiler, source, other, target = placed(layer, shape, design)
     program = synchronised(compiler.program(), design, compiler.words)
     check(program, design, compiler.words)
     memory = compiler.image()

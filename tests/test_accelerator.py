@@ -5,7 +5,7 @@ from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
-from accelerated import DESIGNS, SMALL, compiled, contraction, layers, scaling
+from accelerated import DESIGNS, SMALL, compiled, contraction, layers, placed, scaling
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -30,7 +30,7 @@ from targets.accelerator.isa import (
 from targets.accelerator.layers import Layer, Pooling, Product, Window
 from targets.accelerator.simulator import execute
 from targets.accelerator.tiling import Compiler
-from targets.accelerator.tokens import check, synchronised
+from targets.accelerator.tokens import check, quickly, synchronised
 from targets.errors import TargetError
 
 
@@ -103,6 +103,21 @@ def answered(layer: Layer, shape: tuple[int, int, int], design: Design) -> tuple
 def test_programs_answer_as_their_layers(case: tuple[Layer, tuple[int, int, int]], name: str) -> None:
     found, wanted = answered(*case, DESIGNS[name])
     assert np.array_equal(found, wanted)
+
+
+@given(layers(), st.sampled_from(sorted(DESIGNS)))
+@settings(deadline=None, max_examples=40)
+def test_tokens_that_are_put_quickly_are_the_same(case: tuple[Layer, tuple[int, int, int]], name: str) -> None:
+    compiler, *_ = placed(*case, DESIGNS[name])
+    program = compiler.program()
+    wanted = encode(synchronised(program, compiler.design, compiler.words))
+    assert quickly(encode(program), compiler.design, compiler.words) == wanted
+
+
+def test_nothing_gets_tokens_that_leaves_a_buffer() -> None:
+    for one in (Load(memory=Memory.WEIGHTS, row=250, address=0, nx=7), Store(row=0, address=60, nx=8)):
+        with pytest.raises(ProgramError, match="leaves a buffer or the memory"):
+            quickly(encode([one]), SMALL, 64)
 
 
 def test_inputs_that_do_not_fit_are_loaded_in_parts() -> None:

@@ -3,13 +3,13 @@
 from dataclasses import replace
 from functools import cache
 
-from targets.accelerator import simulator
+from targets.accelerator import native, simulator
 from targets.accelerator.isa import Store, encode
 from targets.accelerator.layers import Contraction, Layer
 from targets.accelerator.patches import Cut
 from targets.accelerator.tensors import Place
 from targets.accelerator.tiling import Compiler, cuts
-from targets.accelerator.tokens import synchronised
+from targets.accelerator.tokens import quickly
 
 TRIED = 8
 """Cuts whose cycles are counted."""
@@ -30,7 +30,7 @@ def fastest(compiler: Compiler, layer: Layer, source: Place, other: Place | None
     Raises:
         ProgramError: none fits the buffers.
     """
-    if not isinstance(layer, Contraction) or not simulator.available():
+    if not isinstance(layer, Contraction) or not native.available():
         return None
 
     @cache
@@ -43,8 +43,8 @@ def fastest(compiler: Compiler, layer: Layer, source: Place, other: Place | None
 
 def _cycles(compiler: Compiler, layer: Contraction, source: Place, other: Place | None, cut: Cut) -> float:
     patches = cut.patches(compiler.layer(layer, source, other, cut, PATCHES))
-    program = synchronised(compiler.program(), compiler.design, compiler.words)
-    times = simulator.timing(encode(program), compiler.design)
+    program = compiler.program()
+    times = simulator.timing(quickly(encode(program), compiler.design, compiler.words), compiler.design)
     areas = [patch.ny * patch.nx for patch in patches]
     if len(patches) <= PATCHES:
         return times.cycles

@@ -8,6 +8,7 @@ must lie between such a pair (`tokens.py` puts it there and checks it).
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from enum import IntEnum, IntFlag
+from operator import attrgetter
 from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 from targets.errors import TargetError
@@ -193,6 +194,15 @@ def _laid_out(kind: type[Instruction]) -> tuple[dict[str, tuple[int, Bits]], dic
 _LAYOUTS = tuple(_laid_out(kind) for kind in KINDS)
 
 
+def _fields(kind: type[Instruction]) -> tuple[Any, list[tuple[str, int, int, int, int]]]:
+    """What gets an instruction's values, and of each its name, first bit, range and mask."""
+    places = {name: place for name, place in layout(kind).items() if name != "opcode"}
+    return attrgetter(*places), [(name, at, *bits.range, 2**bits.width - 1) for name, (at, bits) in places.items()]
+
+
+_FIELDS = tuple(_fields(kind) for kind in KINDS)
+
+
 def encode(program: Iterable[Instruction]) -> bytes:
     """16 bytes each, least significant first.
 
@@ -204,13 +214,12 @@ def encode(program: Iterable[Instruction]) -> bytes:
 
 def _word(one: Instruction) -> int:
     word = KINDS.index(type(one))
-    for name, (at, bits) in layout(type(one)).items():
-        if name == "opcode":
-            continue
-        value, (low, high) = int(getattr(one, name)), bits.range
+    values, fields = _FIELDS[word]
+    for value, (name, at, low, high, mask) in zip(values(one), fields, strict=True):
         if not low <= value <= high:
-            raise TargetError(f"{type(one).__name__}.{name} is {value}, but has {bits.width} bits ({low} to {high}).")
-        word |= (value & (2**bits.width - 1)) << at
+            bits = mask.bit_length()
+            raise TargetError(f"{type(one).__name__}.{name} is {int(value)}, but has {bits} bits ({low} to {high}).")
+        word |= (int(value) & mask) << at  # of a flag, `&` is slow
     return word
 
 

@@ -4,40 +4,13 @@
  * circuit's, to the cycle, with a memory that answers each port after a fixed latency, a word in each cycle; every
  * number in the second half says how long a register or a buffer of circuit/ takes. With a bus that the ports share,
  * one word of any of them in each cycle, times are near the circuit's: instructions get its cycles in their order.
- *
- * `isa.h` is generated from isa.py and parameters.py: for each field its first bit, its width and its sign.
  */
 
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "isa.h"
-
-enum { LOAD, GEMM, POST, STORE, UNITS };
-enum { INPUTS, WEIGHTS, SIDE, PARAMETERS };
-enum { ACCUMULATORS, IN_SIDE };
-enum { LARGEST, SUM };
-
-typedef struct {
-  int64_t rows, columns, lanes, input_rows, weight_rows, accumulator_rows, side_rows, output_rows, parameter_rows, queue;
-} Design;
-
-typedef struct {
-  uint64_t low, high;
-} Instruction;
-
-static int64_t bits(uint64_t low, uint64_t high, int at, int width, int sign) {
-  uint64_t value = at >= 64 ? high >> (at - 64) : low >> at;
-  if (at < 64 && at + width > 64) value |= high << (64 - at);
-  if (width < 64) value &= (UINT64_C(1) << width) - 1;
-  return sign && value >> (width - 1) ? (int64_t)(value | ~((UINT64_C(1) << width) - 1)) : (int64_t)value;
-}
-
-#define FIELD(one, field) bits((one)->low, (one)->high, field##_AT, field##_WIDTH, field##_SIGN)
-#define WORD(word, field) bits(word, 0, field##_AT, field##_WIDTH, field##_SIGN)
-
-static int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
+#include "instructions.h"
 
 /* --- what it answers ------------------------------------------------------------------------------------------- */
 

@@ -1,30 +1,18 @@
 """What a program answers and how many cycles it takes: the instructions one after the other, in C (`simulator.c`)."""
 
 import ctypes
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from pathlib import Path
 
 import numpy as np
-import tvm
 from numpy.typing import NDArray
 
-from targets.accelerator import tools
-from targets.accelerator.arithmetic import FRACTION_BITS
+from targets.accelerator import native
 from targets.accelerator.design import WORD_BYTES, Design
 from targets.accelerator.errors import ProgramError
-from targets.accelerator.isa import BYTES, KINDS, Bits, layout
-from targets.accelerator.parameters import CHANNEL, FACTORS, GRIDS
-from targets.errors import TargetError
+from targets.accelerator.isa import BYTES
 
 LATENCY = 20
 """Cycles from a request to memory until its first word, and from a last word until it is known to be written."""
-
-_FLAGS = ("-O3", "-march=native", "-std=c99", "-shared", "-fPIC")
-_DESIGN = ("rows", "columns", "lanes", "input_rows", "weight_rows", "accumulator_rows", "side_rows", "output_rows",
-           "parameter_rows", "queue")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +58,8 @@ def _run(
 ) -> Timing:
     count = len(program) // BYTES
     times = np.zeros((count, 2), np.int64)
-    sizes = np.array([getattr(design, name) for name in _DESIGN], np.int64)
-    cycles = _library().run(
-        ctypes.c_void_p(sizes.ctypes.data), ctypes.c_void_p(None if memory is None else memory.ctypes.data),
+    cycles = native.library().run(
+        native.sizes(design), ctypes.c_void_p(None if memory is None else memory.ctypes.data),
         ctypes.c_char_p(program), ctypes.c_int64(count), ctypes.c_int64(latency), ctypes.c_int(shared),
         ctypes.c_void_p(times.ctypes.data),
     )  # fmt: skip
@@ -81,47 +68,3 @@ def _run(
     if cycles < 0:
         raise ProgramError("An instruction waits for a token that none before it gives.")
     return Timing(int(cycles), times[:, 0], times[:, 1])
-
-
-def available() -> bool:
-    """Whether there is a compiler to have it; planning goes without."""
-    try:
-        tools.compiler("gcc", "clang")
-    except TargetError:
-        return False
-    return True
-
-
-def header() -> str:
-    """`isa.h`: where each field of instructions and parameters lies."""
-    return "\n".join(["#pragma once", f"#define FRACTION_BITS {FRACTION_BITS}", *_lines()]) + "\n"
-
-
-def _lines() -> Iterator[str]:
-    tables = {kind.__name__: layout(kind) for kind in KINDS}
-    for table, places in (tables | {"grids": GRIDS, "factors": FACTORS, "channel": CHANNEL}).items():
-        for name, (at, bits) in places.items():
-            yield from _defines(f"{table}_{name}".upper(), at, bits)
-
-
-def _defines(name: str, at: int, bits: Bits) -> Iterator[str]:
-    for what, value in (("AT", at), ("WIDTH", bits.width), ("SIGN", int(bits.signed))):
-        yield f"#define {name}_{what} {value}"
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    """Compiled once for each machine and version, in the user's folder for such files."""
-    source = (files(__package__) / "simulator.c").read_text()
-    compiler = tools.compiler("gcc", "clang")
-
-    def build(folder: Path) -> Path:
-        (folder / "isa.h").write_text(header())
-        (folder / "simulator.c").write_text(source)
-        tools.run([compiler, *_FLAGS, "simulator.c", "-o", "done.so"], folder)
-        return folder / "done.so"
-
-    processor = str(tvm.target.codegen.llvm_get_system_cpu())
-    library = ctypes.CDLL(str(tools.built("simulator.so", (source, header(), compiler, processor, *_FLAGS), build)))
-    library.run.restype = ctypes.c_int64
-    return library
