@@ -28,6 +28,7 @@ from compressor.record import StageRecord, make_report, sizes_of
 from compressor.report import write
 from compressor.report.schema import Report
 from compressor.speed import Measure, Speed, replayed
+from compressor.stages.quantize import Quantize
 from compressor.store import Follower, Store, key_of, opened
 from compressor.trace import trace
 from compressor.training import Training, train
@@ -82,6 +83,8 @@ def prepare(recipe: Recipe, base: Path, progress: Reporter, *, builds: bool = Tr
     device = devices.load(recipe.device)
     if builds:
         target.check(device)
+    if target.integers and not any(isinstance(stage, Quantize) for stage in recipe.stages):
+        raise CompressError(f"The {recipe.target} target computes in int8; put a 'quantize' stage into the recipe.")
     table = recipe.workload
     workload = make_workload(table.factory, table.options, table.paths, base)
     names = [task.name for task in workload.tasks]

@@ -1,4 +1,4 @@
-"""How fast a network is on the device, while it is being compressed: built, opened and timed beside the original."""
+"""How fast a network is on the device, while it is being compressed: built, timed or simulated, beside the original."""
 
 import json
 import tempfile
@@ -11,10 +11,11 @@ from compressor import compute
 from compressor.export import to_program
 from compressor.model import MultiTaskModel
 from compressor.pathway import extract
+from compressor.quantization.calibrate import roughly
 from compressor.store import writing
 from profiles.device import Device
 from profiles.measure import interleave, ratio
-from targets.base import Runner, Target
+from targets.base import Artifact, Runner, Target
 from targets.records import NONE, Records
 
 MEASURED = "measured.json"
@@ -52,6 +53,9 @@ def replayed(measure: Measure, folder: Path) -> Measure:
 class Speed:
     """Times whole networks, all tasks together, as the target builds them for the device; one input, example values.
 
+    Where the device is simulated its own time is told instead, such as an accelerator's cycles without its host's
+    work. A target that computes integers gets the network on grids that its example inputs alone say.
+
     Attributes:
         threads: of every inference.
     """
@@ -62,27 +66,34 @@ class Speed:
     threads: int
     seed: int
     records: Records = field(default_factory=lambda: NONE)
-    _dense: Runner | None = field(default=None, init=False)
+    _dense: Runner | float | None = field(default=None, init=False)
 
     def __call__(self, model: MultiTaskModel) -> float:
-        """The model's latency over the original's, both on the device: the median of interleaved pairs.
+        """The model's latency over the original's, both on the device: of times the median of interleaved pairs.
 
         Raises:
             TargetError: this machine cannot run what is built for the device.
         """
         if self._dense is None:
             self._dense = self._built(self.original)
-        arrays = [tensor.numpy() for tensor in model.inputs]
         dense, own = self._dense, self._built(model)
+        if isinstance(dense, float) or isinstance(own, float):
+            assert isinstance(dense, float) and isinstance(own, float)
+            return own / dense
+        arrays = [tensor.numpy() for tensor in model.inputs]
         seen = interleave(
             {"own": lambda: own(*arrays), "dense": lambda: dense(*arrays)},
             warmup_s=_WARMUP_SECONDS, min_samples=_SAMPLES, max_seconds=_SECONDS, seed=self.seed,
         )
         return ratio(seen["own"], seen["dense"]).value
 
-    def _built(self, model: MultiTaskModel) -> Runner:
+    def _built(self, model: MultiTaskModel) -> Runner | float:
+        """What runs it, or the milliseconds that the simulator tells."""
+        if self.target.integers and model.quantization is None:
+            model = roughly(model)
         program = to_program(extract(model, [task.name for task in model.tasks]), model.inputs)[1]
         with tempfile.TemporaryDirectory(prefix="taskpress-") as folder:
             plan = self.target.plan(program, self.device, self.records)
-            built = self.target.build(plan, Path(folder) / "network", {}, {})
-            return self.target.load(built, self.threads)
+            built: Artifact = self.target.build(plan, Path(folder) / "network", {}, {})
+            told = self.target.simulated(built)
+            return self.target.load(built, self.threads) if told is None else told.latency_ms

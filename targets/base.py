@@ -132,11 +132,13 @@ class Target(Protocol):
     `build` writes the whole artifact folder (replacing an artifact, never anything else) or nothing; `extra` are
     further files by name, `about` goes into the manifest. `load` verifies every file against the manifest before any
     code is opened; `threads` counts all threads an inference uses. `simulated` is the latency of an artifact that runs
-    here on a simulator of its device; None where what runs here is to be timed.
+    here on a simulator of its device; None where what runs here is to be timed. `integers` says that a program has to
+    be quantized.
     """
 
     name: str
     kind: Kind
+    integers: bool
 
     def check(self, device: Device) -> None: ...
     def plan(self, program: Program, device: Device, records: Records = ...) -> BuildPlan: ...

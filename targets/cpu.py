@@ -35,6 +35,7 @@ class CpuTarget:
 
     name = "cpu"
     kind: Kind = "cpu"
+    integers = False
 
     def check(self, device: Device) -> None:
         """Raise TargetError unless `device` is a CPU that a linker here can build for."""

@@ -57,6 +57,7 @@ class FpgaTarget:
 
     name = "fpga"
     kind: Kind = "fpga"
+    integers = True
 
     def check(self, device: Device) -> None:
         """Raise TargetError unless `device` is an FPGA, and compilers for its host and for the simulator are here."""

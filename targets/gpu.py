@@ -30,6 +30,7 @@ class GpuTarget:
 
     name = "gpu"
     kind: Kind = "gpu"
+    integers = False
 
     def check(self, device: Device) -> None:
         """Raise TargetError unless `device` is a GPU, nvcc is on PATH and the device's host has a linker."""

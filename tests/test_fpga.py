@@ -17,6 +17,9 @@ from compressor.export import to_program
 from compressor.model import MultiTaskModel
 from compressor.pathway import extract
 from compressor.report import read
+from compressor.speed import Speed
+from compressor.stages.prune import Prune
+from compressor.stages.quantize import Quantize
 from compressor.verify import RUNGS
 from profiles.device import load, names
 from profiles.measure import Emulated, Estimate
@@ -227,3 +230,21 @@ numpy.savez("answers.npz", **answers)
     with np.load(tmp_path / "answers.npz") as found:
         for task, answer in FpgaTarget().load(built, 1)(x).items():
             np.testing.assert_array_equal(found[task], answer)
+
+
+def test_pruning_to_a_latency_goes_by_the_accelerators_cycles(model: MultiTaskModel, tmp_path: Path) -> None:
+    bench = tiny.bench(model, tmp_path, kind=1.0, size=1e3, mask=1.0)
+    device = load("ecp5-45k")
+    bench.multiple, bench.speed = device.channel_multiple, Speed(model, FpgaTarget(), device, 1, 0)
+    found = Prune(kind="prune", latency=0.5, slack=1e3).run(model, bench)
+    reached = bench.speed(found)
+    assert 0.4 <= reached <= 0.525
+    with_grids = Quantize(kind="quantize", batches=2).run(found, bench)
+    assert bench.speed(with_grids) == pytest.approx(reached, rel=0.02), "not what the grids of real values make of it"
+
+
+def test_a_recipe_that_does_not_quantize_is_refused_before_any_work(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    said = compress("run", recipe, "--set", "target=fpga", "--set", "device=ecp5-85k", "--out", tmp_path / "run")
+    fails(said, "The fpga target computes in int8; put a 'quantize' stage into the recipe.")
+    assert not (tmp_path / "run").exists()

@@ -7,10 +7,12 @@ from torch import Tensor, fx
 
 from compressor.errors import CompressError
 from compressor.graph import argument, tensor_of
+from compressor.model import MultiTaskModel
 from compressor.quantization.grids import Grid, Quantization
-from compressor.quantization.points import Points
+from compressor.quantization.points import Points, points
 from compressor.quantization.ranges import Histogram, Rule, weight_scales
-from compressor.quantization.simulate import channel_dim, weight_of
+from compressor.quantization.simulate import channel_dim, computed, folded, weight_of
+from compressor.trace import as_brought
 
 LARGEST_BIAS = 2.0**24
 
@@ -58,6 +60,20 @@ def grids(
             scale = weight_scales(tensor_of(network, str(weight_of(node).target)), channel_dim(node), rules[1])
             scales[node.name] = torch.maximum(scale, _least(network, node, values))
     return Quantization(values, scales)
+
+
+def roughly(model: MultiTaskModel) -> MultiTaskModel:
+    """A copy on grids that its example inputs alone say, for what does not hang on them, such as cycles.
+
+    Raises:
+        CompressError: the network has nothing that could be quantized.
+    """
+    network = folded(as_brought(model, model.inputs))
+    where = points(network, (), range(len(model.tasks)))
+    histograms = seen(lambda _: network, where.values, [model.inputs])
+    found = model.clone()
+    found.quantization = grids(computed(network), where, histograms, ("minmax", "minmax"), 100)
+    return found
 
 
 def _least(network: fx.GraphModule, node: fx.Node, values: Mapping[str, Grid]) -> Tensor:

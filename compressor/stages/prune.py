@@ -37,8 +37,8 @@ class Prune(Settings):
     Attributes:
         macs, parameters: fraction of what the stage was given to keep (0-1).
         latency: fraction of the original's latency to keep, measured on the device at the recipe's first number of
-            threads, whole networks beside each other; met within 5 %. At least one goal is needed, every given one is
-            met.
+            threads, whole networks beside each other, or told by the device's simulator; met within 5 %. At least one
+            goal is needed, every given one is met.
         rounds: the goal is approached geometrically; importance is measured anew in each round.
         retries: when a round leaves a budget, so many steps half as far as the one before are tried from the last point
             that kept them all; a sequential search that the budgets stopped is repeated, after recovery, as often.
