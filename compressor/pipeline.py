@@ -83,8 +83,8 @@ def prepare(recipe: Recipe, base: Path, progress: Reporter, *, builds: bool = Tr
     device = devices.load(recipe.device)
     if builds:
         target.check(device)
-    if target.integers and not any(isinstance(stage, Quantize) for stage in recipe.stages):
-        raise CompressError(f"The {recipe.target} target computes in int8; put a 'quantize' stage into the recipe.")
+        if target.integers and not any(isinstance(stage, Quantize) for stage in recipe.stages):
+            raise CompressError(f"The {recipe.target} target computes in int8; put a 'quantize' stage into the recipe.")
     table = recipe.workload
     workload = make_workload(table.factory, table.options, table.paths, base)
     names = [task.name for task in workload.tasks]

@@ -139,6 +139,24 @@ def test_an_input_of_few_channels_fills_the_array(network: Network) -> None:
     assert (place.channels, place.height, place.width) == (25, 10, 12)
 
 
+def test_values_that_are_always_zero_have_a_scale_that_can_be_requantized_with(tmp_path: Path) -> None:
+    class Dead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 4, 1)
+            nn.init.constant_(self.first.bias, -1e3)  # type: ignore[arg-type]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.relu(self.first(x)))
+
+    model, bench = setup(Dead, (INPUT,), tmp_path)
+    found = Quantize(kind="quantize", batches=2, most_kept=0.0).run(model, bench)
+    program = to_program(extract(found, ["t"]), found.inputs)[1]
+    (network,) = read(lower(program, integers=True)["main"]).networks
+    assert network.nodes
+    assert torch.allclose(found.answers(INPUT)["t"], model.answers(INPUT)["t"], atol=0.01)
+
+
 def test_a_network_that_is_not_quantized_is_refused() -> None:
     workload = Plain(Mixed, (INPUT,), (task(),))
     model, _ = setup(Mixed, (INPUT,), Path(), *workload.tasks)

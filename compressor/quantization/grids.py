@@ -35,14 +35,13 @@ class Grid:
         The scale is a float32, as every runtime keeps it.
         """
         low, high = min(low, 0.0), max(high, 0.0)
-        scale = float(torch.tensor(max((high - low) / (HIGHEST - LOWEST), _FINEST), dtype=torch.float32))
+        scale = _step((high - low) / (HIGHEST - LOWEST))
         return cls(scale, max(LOWEST, min(HIGHEST, LOWEST - round(low / scale))))
 
     @classmethod
     def centred(cls, low: float, high: float) -> "Grid":
         """The finest grid from `low` to `high` whose zero is at 0."""
-        largest = max(-low, high, 0.0)
-        return cls(float(torch.tensor(max(largest / HIGHEST, _FINEST), dtype=torch.float32)), 0)
+        return cls(_step(max(-low, high, 0.0) / HIGHEST), 0)
 
     @property
     def low(self) -> float:
@@ -51,6 +50,11 @@ class Grid:
     @property
     def high(self) -> float:
         return (HIGHEST - self.zero_point) * self.scale
+
+
+def _step(wanted: float) -> float:
+    """A step of a grid; where nothing but zero was seen any will do, and one of 1 keeps factors between grids small."""
+    return float(torch.tensor(max(wanted, _FINEST) if wanted else 1.0, dtype=torch.float32))
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ Frame = dict[str, np.ndarray]
 
 RECIPES = Path(__file__).parent / "recipes"
 DEVICE = "ecp5-85k"
-DESIGN, RTL_FRAMES = Design(), 3
+DESIGN, RTL_FRAMES, LATENCIES = Design(), 3, (0.6, 0.3)
 CUT = Prune(kind="prune", macs=0.3, parameters=0.25, rounds=1, batches=2, criterion="magnitude", slack=1e9)
 SPARSE = Ticket(
     kind="ticket", keep_ratio=0.2, rounds=1, pattern="8x16", scope="layer", train=Training(steps=0), slack=1e9
@@ -161,6 +161,10 @@ def dronet(job: Job, count: int | None) -> list[Row]:
     ):
         cycles = simulator.timing(compile_network(integers(model, bench), DESIGN).program, DESIGN).cycles
         row(f"times fewer cycles: {case}", dense / cycles, goal, most=False)
+    assert bench.speed is not None
+    for asked in LATENCIES:
+        pruned = Prune(kind="prune", latency=asked, rounds=1, batches=2, criterion="magnitude", slack=1e9)
+        row(f"cycles over {asked:.0%}, asked of prune", bench.speed(pruned.run(job.model, bench)) / asked, 1.05)
     return rows
 
 
