@@ -8,6 +8,7 @@ import onnx
 
 from compressor.errors import CompressError
 from compressor.export import run, session
+from compressor.leeway import leeway
 from compressor.report.schema import Latency
 from compressor.verify import Compared, compare, difference, on_grids, onnx_answers, told
 from profiles.measure import interleave, ratio
@@ -29,11 +30,13 @@ def verify_artifact(folder: Path, count: int, inputs: list[tuple[Array, ...]] | 
     runner = find_target(built.manifest.target).load(built, threads=1)
     model = _model(built)
     trusted = onnx_answers(Program(built.manifest.program, model, built.manifest.tasks))
-    pairs = [(runner(*x), trusted(*x)) for x in inputs or [random_inputs(built, seed) for seed in range(count)]]
+    inputs = inputs or [random_inputs(built, seed) for seed in range(count)]
+    pairs = [(runner(*x), trusted(*x)) for x in inputs]
+    rounding = leeway(model, inputs) if on_grids(model) else None
     found = []
     for task in built.manifest.tasks:
         answers = [(want[task], have[task]) for have, want in pairs]
-        compared = compare("artifact", task, answers, rounded=on_grids(model))
+        compared = compare("artifact", task, answers, None if rounding is None else rounding[task])
         if not compared.holds:
             worst = max(answers, key=lambda pair: difference(*pair))
             raise CompressError(f"Task '{task}' of '{folder}' {told(compared, *worst)} ONNX Runtime.")

@@ -215,6 +215,20 @@ def test_weights_and_biases_are_integers_in_onnx(model: MultiTaskModel, bench: B
     assert not any(array.dtype == np.float32 and array.ndim > 1 for array in held.values())
 
 
+def test_a_layer_of_zeros_is_exported_as_one(tmp_path: Path) -> None:
+    model = of(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.rand(1, 6))
+    nn.init.zeros_(model.module[2].weight)  # type: ignore[index, arg-type]
+    found = model.clone()
+    network = folded(trace(model))
+    where = points(network)
+    found.quantization = grids(
+        computed(network), where, seen(lambda _: network, where.values, [model.inputs]), ("mse", "mse"), 0
+    )
+    _, program = to_program(extract(found, ("t",)), found.inputs)
+    answer = run(session(program.model), tuple(x.numpy() for x in model.inputs))["t"]
+    assert np.allclose(answer, model.answers(*model.inputs)["t"].detach().numpy(), atol=0.01)
+
+
 def test_after_pruning_and_a_ticket_zeros_stay_zeros(model: MultiTaskModel, bench: Bench) -> None:
     smaller = Prune(kind="prune", macs=0.6, rounds=1, round_to=4, batches=2, slack=1e3).run(model, bench)
     sparse = Ticket(kind="ticket", keep_ratio=0.4, rounds=1, train=Training(steps=8), slack=1e3).run(smaller, bench)

@@ -60,13 +60,14 @@ def to_integers(model: onnx.ModelProto, held: Mapping[str, tuple[Tensor, Steps]]
         CompressError: a weight that the graph reads does not lie on its grid.
     """
     graph = model.graph
-    known = {form.tobytes(): (dim, steps) for form, dim, steps in _forms(held)}
+    known = {(form.shape, form.tobytes()): (dim, steps) for form, dim, steps in _forms(held)}
     reads = {name for node in graph.node if node.op_type in (*_CONTRACTIONS, "Add") for name in node.input}
     for kept in [one for one in graph.initializer if one.name in reads]:
         values = numpy_helper.to_array(kept)
-        if values.dtype != np.float32 or values.tobytes() not in known:
+        key = values.shape, values.tobytes()
+        if values.dtype != np.float32 or key not in known:
             continue
-        dim, steps = known[values.tobytes()]
+        dim, steps = known[key]
         scale = steps.steps.detach().numpy().astype(np.float32)
         wide = scale if dim is None else scale.reshape([-1 if d == dim else 1 for d in range(values.ndim)])
         whole = np.rint(values.astype(np.float64) / wide).astype(steps.dtype)
