@@ -139,6 +139,38 @@ def test_an_input_of_few_channels_fills_the_array(network: Network) -> None:
     assert (place.channels, place.height, place.width) == (25, 10, 12)
 
 
+@pytest.mark.parametrize(("size", "step", "pad"), [(3, 2, 0), (2, 2, 0), (3, 2, 1)])
+def test_the_largest_of_windows_that_end_outside_is_the_accelerators(
+    size: int, step: int, pad: int, tmp_path: Path
+) -> None:
+    class Up(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.slope = nn.Conv2d(1, 8, 3, padding=1), nn.PReLU(8)
+            self.pool, self.last = nn.MaxPool2d(size, step, pad, ceil_mode=True), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.pool(self.slope(self.first(x)))).relu() * 1.0
+
+    x = torch.randn(1, 1, 20, 24, generator=torch.Generator().manual_seed(0))[:, :, :, :21]
+    model, bench = setup(Up, (x,), tmp_path)
+    found = Quantize(kind="quantize", batches=2, most_kept=0.0, answers="int8").run(model, bench)
+    program = to_program(extract(found, ["t"]), found.inputs)[1]
+    networks = partition(lower(program, integers=True), "up.").networks
+    kinds = [type(node.layer).__name__ for network in networks for node in network.nodes]
+    assert kinds == ["Contraction", "Pooling", "Contraction"]
+    chance = np.random.default_rng(0)
+    network = networks[1]
+    built, (name,) = compile_network(network, SMALL), network.inputs
+    memory, given = built.image.copy(), chance.integers(-128, 128, network.values[name].shape, np.int8)
+    built.write(name, given, memory)
+    simulator.execute(built.program, memory, SMALL)
+    node = next(node for node in network.nodes if type(node.layer).__name__ == "Pooling")
+    answer = built.read(node.result, memory)
+    steps = torch.from_numpy(given.astype(np.float32))
+    assert np.array_equal(answer, model.module.pool(steps[None])[0].numpy())  # type: ignore[operator, union-attr]
+
+
 def test_values_that_are_always_zero_have_a_scale_that_can_be_requantized_with(tmp_path: Path) -> None:
     class Dead(nn.Module):
         def __init__(self) -> None:

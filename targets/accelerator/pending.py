@@ -1,6 +1,6 @@
 """What the reader of a program keeps of it: constants, layers whose answers have no grid yet, and their shapes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from tvm import relax
 
 from targets.accelerator.arithmetic import Scaling, Step
-from targets.accelerator.layers import LARGEST_PAD, LARGEST_WINDOW, POINT, Contraction, Window
+from targets.accelerator.layers import LARGEST_PAD, LARGEST_WINDOW, POINT, Contraction, Pair, Window
 from targets.accelerator.network import Grid
 
 Floats = NDArray[np.float64]
@@ -88,6 +88,20 @@ def int8_by_output(weights: Constant) -> bool:
 def pools(window: Window) -> bool:
     """Can POST go over such windows?"""
     return max(*window.size, *window.step) <= LARGEST_WINDOW and max(window.pad) <= LARGEST_PAD
+
+
+def reaching(window: Window, picture: Pair, results: Pair) -> Window:
+    """With as much of a frame at the far ends as so many results need, of which each has some of the picture.
+
+    As it is where one would have none.
+    """
+    ends = list[int]()
+    for along in (0, 1):
+        last = (results[along] - 1) * window.step[along]
+        if last >= window.pad[along] + picture[along]:
+            return window
+        ends.append(max(window.pad[2 + along], last + window.size[along] - window.pad[along] - picture[along]))
+    return replace(window, pad=(*window.pad[:2], ends[0], ends[1]))
 
 
 def grid_of(scale: Any, zero: Any) -> Grid | None:

@@ -29,6 +29,7 @@ from targets.accelerator.pending import (
     pair,
     picture,
     pools,
+    reaching,
     variables,
 )  # fmt: skip
 from targets.errors import TargetError
@@ -241,10 +242,13 @@ class _Reader:
 
     def max_pool2d(self, var: Any, args: list[Any], call: Any) -> Real | None:
         x, how = self._seen(args[0], last=False), call.attrs
-        if x is None or bool(how.ceil_mode) or pair(how.dilation) != (1, 1):
+        shape = picture(var)
+        if x is None or shape is None or pair(how.dilation) != (1, 1):
             return None
-        window, shape = Window(pair(how.pool_size), pair(how.strides), (1, 1), frame(how.padding)), picture(var)
-        if shape is None or not pools(window):
+        window = Window(pair(how.pool_size), pair(how.strides), (1, 1), frame(how.padding))
+        if bool(how.ceil_mode):
+            window = reaching(window, x.shape[1:], (shape[1], shape[2]))
+        if not pools(window) or window.results(*x.shape[1:]) != tuple(shape[1:]):
             return None
         self._finish(Pending("largest", x.name, window=window), self._value(var, shape, x.grid, last=False))
         return Real(var.name)
