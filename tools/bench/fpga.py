@@ -1,13 +1,17 @@
 """DroNet, scenes and a ViT in int8 on the accelerator's 16 x 8 array: bits, cycles, what sparsity saves. No board.
 
-    python tools/bench/fpga.py [--json FILE] [--quick]
+    python tools/bench/fpga.py [--json FILE] [--quick] [--route DEVICE ...]
 
 Bits and cycles are compared on three levels: layers in numpy, programs in the instruction-level simulator, and the
 circuit under Verilator, which takes a minute to build the first time. Cycles are of a memory that answers after 20, and
 all are counted. Cut and sparse networks, and the ViT, are not trained here: cycles do not depend on that. Scenes is an
 artifact of the fpga target, with its host's part. --quick runs 8 frames, and two of the ViT's layers.
+
+With --route instead: what the devices' profiles say of their clocks, synthesised, placed and routed again from the
+seed that they name. Another version of the router, or another circuit, may differ a little. Ten minutes a device.
 """
 
+import re
 import sys
 import time
 from dataclasses import replace
@@ -39,7 +43,7 @@ from compressor.stages.ticket import Ticket
 from compressor.trace import trace
 from compressor.training import Training
 from profiles.device import load
-from targets.accelerator import package, simulator
+from targets.accelerator import package, simulator, synthesis
 from targets.accelerator.circuit import verilated
 from targets.accelerator.design import Design
 from targets.accelerator.layers import Product
@@ -47,7 +51,7 @@ from targets.accelerator.network import Executable, Network, compile_network, co
 from targets.accelerator.partition import partition
 from targets.accelerator.reading import read
 from targets.base import Program
-from targets.fpga import FpgaTarget
+from targets.fpga import FpgaTarget, clock_of, design_of
 from targets.lower import lower
 from targets.profiling import kernels
 
@@ -230,8 +234,29 @@ def transformer(quick: bool) -> list[Row]:
     return rows
 
 
+def routed(name: str) -> list[Row]:
+    """A device's clock over its profile's, and how much of the device its circuit takes."""
+    device = load(name)
+    clock, seed = clock_of(device), re.search(r"seed (\d+)$", clock_of(device).how)
+    if clock.by != "place-and-route" or seed is None:
+        raise SystemExit(f"The clock of '{name}' was not routed from a seed: {clock.by}, {clock.how}.")
+    with TemporaryDirectory() as folder:
+        found = synthesis.fit(design_of(device), name, [int(seed[1])], Path(folder))
+    reached = found.best.megahertz if found.best is not None else 0.0
+    rows = [Row("clock, over its profile's", name, "", 0, reached / clock.megahertz, 0.95, most=False)]
+    for cell in ("TRELLIS_COMB", "TRELLIS_FF", "MULT18X18D", "DP16KD") if found.best is not None else ():
+        share = found.best.used.get(cell, 0) / found.best.there[cell]  # type: ignore[union-attr]
+        rows.append(Row(f"share of its {cell}", name, "", 0, share, None, most=True))
+    return rows
+
+
 def main() -> None:
-    how, rows = options(__doc__).parse_args(), list[Row]()
+    parser, rows = options(__doc__), list[Row]()
+    parser.add_argument("--route", nargs="+", metavar="DEVICE", help="route these again")
+    how = parser.parse_args()
+    if how.route:
+        finish([row for name in how.route for row in routed(name)], how.json)
+        return
     for name, rows_of in (("dronet-channels", dronet), ("scenes-channels", scenes)):
         loaded, base = recipe.load(RECIPES / f"{name}.toml", ["target=fpga", f"device={DEVICE}"])
         job = pipeline.prepare(loaded, base, Reporter(), builds=False)
