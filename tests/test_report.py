@@ -126,6 +126,7 @@ def test_what_an_accelerator_is_at_is_drawn_from_cycles_and_called_simulated() -
     assert 'id="accelerator"' in page and all(f">{unit}<" in page for unit in ("LOAD", "GEMM", "POST", "STORE"))
     lines = seen.text.splitlines()
     assert "whole" not in lines and "Nothing here was measured on a device." in seen.text
+    assert "A diamond is a latency that was not measured" in page and "Every sample" not in page
     assert "| conv 3 x 3: 16 x 24 x 24 to 32 x 24 x 24 | 922 k | 8,000 | 80 % | 90 % | 43.0 KiB" in lines
     assert f"| largest of 2 x 2 | 0 | 1,990 | 20 % | {NONE} | 7.81 KiB" in lines
     assert "segmentation: 2 runs on an array of 16 x 8 at 117.1 MHz (place-and-route)" in lines

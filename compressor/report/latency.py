@@ -104,8 +104,13 @@ def _ratio(ratio: PairedRatio | None) -> str:
     return f"{number(ratio.value)}{TIMES} ({number(ratio.low)} to {number(ratio.high)})"
 
 
+_SHAPES = "Every sample: the height of a shape is how many calls took that long; the line marks the median."
+_DIAMONDS = "A diamond is a latency that was not measured: an emulator told it, or it is an estimate."
+
+
 def _drawing(by_threads: dict[int, list[Row]]) -> Drawing:
-    caption = "Every sample: the height of a shape is how many calls took that long; the line marks the median."
+    sampled = [bool(row.samples) for group in by_threads.values() for _, row, _ in group]
+    caption = " ".join(text for text, said in ((_SHAPES, any(sampled)), (_DIAMONDS, not all(sampled))) if said)
     sizes = [len(group) for group in by_threads.values()]
     with styled():
         figure, axes = panels(
