@@ -26,7 +26,10 @@ TOLERANCE: Mapping[str, float] = {"float64": 1e-9, "float32": 1e-4, "float16": 1
 
 Where a network is quantized, sums that differ in their last bit round to neighbouring steps in places, and so on from
 there: ONNX Runtime's answers for the scenes example differ by up to 2 % in single pixels. Where that makes more of a
-difference, so much more is accepted (`leeway.py`)."""
+difference, so much more is accepted (`leeway.py`), up to `CHAOS`."""
+
+CHAOS = 0.25
+"""Of the largest answer: what moves further by rounding alone cannot be verified, and says little."""
 
 Answer = Callable[..., Mapping[str, Array]]
 Make = Callable[[Program], Answer]
@@ -113,7 +116,8 @@ def compare(rung: str, task: str, pairs: Sequence[tuple[Array, Array]], rounding
     scale = max(float(np.abs(want.astype(np.float64)).max(initial=0.0, where=np.isfinite(want))) for want, _ in pairs)
     dtype = str(pairs[0][0].dtype)
     if rounding is not None and "float" in dtype:
-        return Compared(rung, task, error, max(TOLERANCE[GRIDS] * max(scale, 1e-6), rounding))
+        scale = max(scale, 1e-6)
+        return Compared(rung, task, error, min(max(TOLERANCE[GRIDS] * scale, rounding), CHAOS * scale))
     return Compared(rung, task, error, TOLERANCE.get(dtype, 0.0) * max(scale, 1e-6))
 
 

@@ -66,7 +66,7 @@ def roughly(model: MultiTaskModel) -> MultiTaskModel:
     """A copy on grids that its example inputs alone say, for what does not hang on them, such as cycles.
 
     Raises:
-        CompressError: the network has nothing that could be quantized.
+        CompressError: a contraction reads a value that is infinite in places.
     """
     network = folded(as_brought(model, model.inputs))
     where = points(network, (), range(len(model.tasks)))
