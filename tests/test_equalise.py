@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from plain import setup
 from torch import Tensor, nn
 
 from compressor.model import MultiTaskModel
@@ -73,40 +74,14 @@ def pictures(seed: int, count: int = 8) -> Tensor:
     return torch.randn(count, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
 
 
-def lost(model: MultiTaskModel, tmp_path: Path, how: str) -> float:
+def lost(module: nn.Module, folder: Path, how: str) -> float:
     """Of the answers' power, what rounding makes of them otherwise."""
     inputs = pictures(5)
-    found = Quantize(kind="quantize", equalise=how, most_kept=0).run(model, Counted(tmp_path))  # type: ignore[arg-type]
+    model, bench = setup(lambda: module, (pictures(1, 2),), folder)
+    found = Quantize(kind="quantize", equalise=how, most_kept=0).run(model, bench)  # type: ignore[arg-type]
     with torch.no_grad():
         wanted, answer = model.answers(inputs)["t"], found.answers(inputs)["t"]
     return float((answer - wanted).square().mean() / wanted.square().mean())
-
-
-class Counted:
-    """As much of a bench as quantizing asks for where there is no budget."""
-
-    def __init__(self, directory: Path) -> None:
-        self.notes = list[str]()
-        self.progress = self
-
-    def line(self, text: str) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def calibration(self, count: int) -> list["Counted"]:
-        return [self]
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        return (pictures(3),)
-
-    def scores(self, model: MultiTaskModel) -> dict[str, float]:
-        return {}
-
-    def over(self, scores: dict[str, float], slack: float) -> str:
-        return ""
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -117,7 +92,7 @@ def test_it_answers_the_same_and_loses_less_to_rounding(name: str, tmp_path: Pat
     inputs = pictures(5)
     with torch.no_grad():
         assert torch.allclose(found.answers(inputs)["t"], model.answers(inputs)["t"], rtol=1e-4, atol=1e-5)
-    assert lost(model, tmp_path, "always") < 0.7 * lost(model, tmp_path, "never")
+    assert lost(model.module, tmp_path, "always") < 0.7 * lost(model.module, tmp_path, "never")
 
 
 @pytest.mark.parametrize("between", [nn.Sigmoid(), nn.GELU(), nn.GroupNorm(4, 8), nn.InstanceNorm2d(8)])
