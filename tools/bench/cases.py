@@ -133,7 +133,8 @@ STUDIES: Mapping[str, Study] = {
         "fashion-ticket", BY_LAYERS, dict.fromkeys(_FASHION, "0"), title="MultiFashion: a ticket of 10 % of the weights"
     ),
     "fashion-ticket-5": Study(
-        "fashion-ticket", BY_LAYERS, _FASHION, sets=_FIVE, title="MultiFashion: a ticket of 5 % of the weights"
+        "fashion-ticket", BY_LAYERS, _FASHION, sets=[*_FIVE, "stages.1.steps=2574"],
+        title="MultiFashion: a ticket of 5 % of the weights",
     ),
     "restoration-ticket": Study(
         "restoration-ticket", TICKETS, _RESTORATION, title="Restoration: a ticket of 10 % of the weights"
