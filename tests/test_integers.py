@@ -104,7 +104,7 @@ def test_every_layer_is_within_a_step_of_onnx_runtime(program: Program, network:
             gap = np.abs(answer.astype(int) - wanted.astype(int))
             assert gap.max() <= 1, node.result
             differing, count = differing + int((gap > 0).sum()), count + gap.size
-    assert differing < 0.005 * count
+    assert differing < 1e-4 * count
 
 
 @pytest.mark.parametrize("design", [SMALL, Design()], ids=["8 x 8, small", "16 x 8"])

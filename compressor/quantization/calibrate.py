@@ -11,6 +11,7 @@ from compressor.model import MultiTaskModel
 from compressor.quantization.grids import Grid, Quantization
 from compressor.quantization.points import Points, points
 from compressor.quantization.ranges import Histogram, Rule, weight_scales
+from compressor.quantization.ratios import rounded
 from compressor.quantization.simulate import channel_dim, computed, folded, weight_of
 from compressor.trace import as_brought
 
@@ -43,6 +44,8 @@ def grids(
 ) -> Quantization:
     """The grids of those values, and of the weights; a value that is infinite in places, as masks are, gets none.
 
+    Ratios between their steps are short (`ratios.py`).
+
     Args:
         network: a folded trace, computed.
         rules: for values, for weights.
@@ -59,7 +62,7 @@ def grids(
         if node.name in where.weighted:
             scale = weight_scales(tensor_of(network, str(weight_of(node).target)), channel_dim(node), rules[1])
             scales[node.name] = torch.maximum(scale, _least(network, node, values))
-    return Quantization(values, scales)
+    return rounded(network, Quantization(values, scales))
 
 
 def roughly(model: MultiTaskModel) -> MultiTaskModel:

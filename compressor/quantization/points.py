@@ -97,7 +97,7 @@ class _Points:
         elif name in _ARITHMETIC and any(map(self._has_grid, reads)):
             for read in reads:
                 self._require(read)
-            self.on_grid.add(_tail(node))
+            self.on_grid.add(tail(node))
         elif name in _KEEPING and reads and self._has_grid(reads[0]):
             self.keeps.add(node)
 
@@ -113,7 +113,7 @@ class _Points:
             self.weighted.append(node.name)
         else:
             self.centred |= {self._origin(read) for read in reads}
-        self.on_grid.add(_tail(node))
+        self.on_grid.add(tail(node))
 
     def _has_grid(self, node: fx.Node) -> bool:
         return node in self.on_grid or node in self.keeps
@@ -145,7 +145,7 @@ def _only_answers(node: fx.Node, given: Collection[fx.Node], found: _Points) -> 
     return all(user in found.keeps and _only_answers(user, given, found) for user in rest)
 
 
-def _tail(node: fx.Node) -> fx.Node:
+def tail(node: fx.Node) -> fx.Node:
     """Where the answer of a contraction or a sum is rounded: after an activation that is all that reads it."""
     users = list(node.users)
     alone = len(users) == 1 and users[0].op == "call_function" and name_of(users[0]) in ACTIVATIONS

@@ -180,12 +180,13 @@ def scenes(job: Job, count: int | None) -> list[Row]:
         built = target.build(plan, Path(folder) / "artifact", {}, {})
         runner, runs = target.load(built, threads=1), package.opened(built.directory)
         calls = kernels(built).calls
-        peer, gap = session(program.model, optimised=False), 0.0
+        peer, gap, alike = session(program.model, optimised=False), 0.0, list[bool]()
         for inputs in real_inputs(job.model, job.bench, 8 if count else 64):
             arrays = tuple(x.numpy() for x in inputs)
             answers = runner(*arrays)
             for task, wanted in run(peer, arrays).items():
-                gap = max(gap, float(np.abs(answers[task] - wanted).max() / np.abs(wanted).max()))
+                off = float(np.abs(answers[task] - wanted).max() / np.abs(wanted).max())
+                gap, alike = max(gap, off), [*alike, off < 1e-6]
     cycles = sum(one.cycles() for one in runs)
     macs = sum(call.macs for call in calls if call.accelerated)
     whole = count_macs(trace(job.model))[0]
@@ -195,6 +196,7 @@ def scenes(job: Job, count: int | None) -> list[Row]:
         Row("utilisation of the array", "scenes", "", 0, macs / DESIGN.multipliers / cycles, 0.75, most=False),
         Row("multiply-adds left to the host", "scenes", "", 0, 1 - macs / whole, None, most=True),
         Row("largest difference, of the largest answer", "scenes", "ONNX Runtime", 0, gap, 0.03, most=True),
+        Row("answers without a difference", "scenes", "ONNX Runtime", 0, float(np.mean(alike)), 0.5, most=False),
     ]
 
 
