@@ -1,6 +1,7 @@
 """What a stage works with: the data, the original network, its scores, the budgets, and a place to say things."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -186,6 +187,28 @@ def running_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     """The batch norms that keep running statistics."""
     found = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     return [norm for norm in found if norm.track_running_stats]
+
+
+@contextmanager
+def by_batch(module: nn.Module) -> Iterator[None]:
+    """Every batch norm takes the statistics of each batch, in evaluation too."""
+    norms = running_norms(module)
+    kept = [(norm.running_mean, norm.running_var) for norm in norms]
+    for norm in norms:
+        norm.running_mean = norm.running_var = None
+    try:
+        yield
+    finally:
+        for norm, (mean, var) in zip(norms, kept, strict=True):
+            norm.running_mean, norm.running_var = mean, var
+
+
+def takes_batches(module: nn.Module, batches: list[Batch], device: torch.device = compute.CPU) -> bool:
+    """Whether all batches are large enough for their own statistics: more than one value for each channel."""
+    module.eval()
+    shapes = {tuple(x.shape for x in batch.inputs): batch for batch in batches}
+    with torch.no_grad(), compute.at(device, module), by_batch(module):
+        return not any(_run(module, batch.to(device)) for batch in shapes.values())
 
 
 def statistics(module: nn.Module) -> list[Tensor]:

@@ -2,8 +2,8 @@
 
 Source: Ye et al., "Performance-Aware Global Channel Pruning for Multitask CNNs" (PAGCP), T-PAMI 2023: sequential,
 greedy, the cut network itself as the oracle. Other than there, every task has a budget of its own instead of one
-threshold on the worst task's loss; batch norm is estimated anew before the network is asked; and the width is found by
-bisection, at most five questions a group instead of up to nineteen.
+threshold on the worst task's loss; batch norm goes by the statistics of the batches that the network is asked on; and
+the width is found by bisection, at most five questions a group instead of up to nineteen.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compressor.allocation import kept, ranking
-from compressor.bench import Bench, reestimate_batchnorm
+from compressor.bench import Bench, by_batch, reestimate_batchnorm, takes_batches
 from compressor.budgets import margins
 from compressor.costs import Costs, Ledger
 from compressor.errors import CompressError
@@ -56,7 +56,10 @@ def walk(
 
 
 class Oracle:
-    """Asks cut networks without cutting: weights that read what is gone are zero, and batch norm is estimated anew.
+    """Asks cut networks without cutting: weights that read what is gone are zero.
+
+    Batch norm takes each batch's own statistics, so that a question is one pass over the batches that are judged by.
+    Where it cannot, as with a single value a channel, it is estimated anew on some batches before each question.
 
     Attributes:
         asked: questions so far.
@@ -67,9 +70,13 @@ class Oracle:
         self._prunable, self._bench, self._slack = prunable, bench, slack
         self._probe = model.clone()
         self._state = {name: value.clone() for name, value in model.module.state_dict().items()}
-        self._settling = bench.calibration(batches)
         self._judging = judging(bench)
-        self._before = bench.scores(bench.original, self._judging)
+        by_batches = takes_batches(self._probe.module, self._judging, bench.device)
+        self._settling = [] if by_batches else bench.calibration(batches)
+        if by_batches:
+            self._before = self._scored(bench.original.clone())
+        else:
+            self._before = bench.scores(bench.original, self._judging)
         self.asked = 0
         self.stopped: dict[str, str] = {}
 
@@ -79,8 +86,14 @@ class Oracle:
         module = self._probe.module
         module.load_state_dict(self._state)
         self._prunable.silence(module, keep)
-        reestimate_batchnorm(module, self._settling, self._bench.device)
-        return self._bench.scores(self._probe, self._judging)
+        return self._scored(self._probe)
+
+    def _scored(self, model: MultiTaskModel) -> dict[str, float]:
+        if self._settling:
+            reestimate_batchnorm(model.module, self._settling, self._bench.device)
+            return self._bench.scores(model, self._judging)
+        with by_batch(model.module):
+            return self._bench.scores(model, self._judging)
 
     def holds(self, group: Group, keep: Tensor, share: float) -> bool:
         """Whether every task keeps inside that share of its slackened budget; what stopped it is remembered."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import compressor.stages.prune as prune_module
 from compressor.allocation import cheapest
-from compressor.bench import Bench, reestimate_batchnorm
+from compressor.bench import Bench, by_batch, reestimate_batchnorm, takes_batches
 from compressor.channels import Axis, ChannelMap, Contraction
 from compressor.costs import Ledger
 from compressor.errors import CompressError
@@ -25,7 +25,7 @@ from compressor.stages.finetune import Finetune
 from compressor.stages.pathway import Pathway
 from compressor.stages.prune import Prune, combine
 from compressor.training import Training
-from compressor.workload import Task
+from compressor.workload import Batch, Split, Task
 
 
 def prune(**settings: object) -> Prune:
@@ -110,7 +110,7 @@ def test_sequential_asks_the_cut_network_a_few_times_a_group(
 
 
 def test_sequential_says_which_task_held_which_group(model: MultiTaskModel, tmp_path: Path) -> None:
-    bench = tiny.bench(model, tmp_path, tiny.Tiny(split_labels=False), size=0.01, kind=1.0, mask=1.0)
+    bench = tiny.bench(model, tmp_path, tiny.Tiny(split_labels=False), size=0.03, kind=1.0, mask=1.0)
     after = prune(macs=0.1, rounds=1, search="sequential").run(model, bench)
     assert bench.short and sizes_of(after)[0] > 0.1 * sizes_of(model)[0]
     assert re.search(r"no budget allows more of ('.+' \(task '.+'\)(, )?)+\.$", bench.notes[-1])
@@ -139,9 +139,48 @@ def test_the_oracle_sees_what_the_cut_network_answers(model: MultiTaskModel, tmp
     oracle = Oracle(model, prunable, bench, 2, 1.0)
     seen = oracle.scores(keep)
     cut = prunable.cut(model, keep)
-    reestimate_batchnorm(cut.module, bench.calibration(2))
-    assert seen == pytest.approx(bench.scores(cut, judging(bench)), rel=1e-4)
+    with by_batch(cut.module):
+        assert seen == pytest.approx(bench.scores(cut, judging(bench)), rel=1e-4)
     assert oracle.scores(prunable.keep_all()) != seen and oracle.asked == 2
+
+
+class Pooled(tiny.TinyNet):
+    """With a batch norm that sees one value a channel of each picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = nn.Sequential(nn.BatchNorm1d(32), nn.Linear(32, 4))  # type: ignore[assignment]
+
+
+class EndsInOne(tiny.Tiny):
+    """The last batch of each split is a single picture."""
+
+    def batches(self, split: Split, seed: int) -> Iterator[Batch]:
+        yield from super().batches(split, seed)
+        yield next(tiny.Tiny(1, self.split_labels).batches(split, seed))
+
+
+def test_the_oracle_estimates_batch_norm_anew_where_a_batch_is_too_small(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    work = EndsInOne(split_labels=False)
+    model = MultiTaskModel(Pooled().eval(), work.tasks, work.example_inputs())
+    whole = list(work.batches("calibrate", 0))
+    assert takes_batches(model.clone().module, whole[:-1]) and not takes_batches(model.clone().module, whole)
+    bench, prunable = tiny.bench(model, tmp_path, work, size=1.0), Prunable.of(model)
+    keep = prunable.keep_all()
+    keep[prunable.groups[0].classes[::3]] = False
+    cut = prunable.cut(model, keep)
+    reestimate_batchnorm(cut.module, bench.calibration(2))
+    seen = Oracle(model, prunable, bench, 2, 1.0).scores(keep)
+    assert seen == pytest.approx(bench.scores(cut, judging(bench)), rel=1e-4)
+
+
+def test_a_search_that_hoped_too_much_is_allowed_less(model: MultiTaskModel, tmp_path: Path) -> None:
+    """Recovery at a rate that spoils the network takes every round out of its budget."""
+    bench = tiny.bench(model, tmp_path, tiny.Tiny(split_labels=False), size=0.05, kind=0.1, mask=0.1)
+    how = Training(steps=8, learning_rate=0.3)
+    prune(macs=0.3, rounds=1, search="sequential", recover=how, round_to=1).run(model, bench)
+    assert len(bench.asked) == 3 and bench.short
 
 
 def test_sequential_needs_budgets(model: MultiTaskModel, bench: Bench) -> None:

@@ -204,13 +204,13 @@ class Prune(Settings):
         full = start.cost(start.keep_all())
         multiple = self._multiple(bench)
         good, sizes, why = model, full, ""
-        done, failed, turn, tries = 0.0, 0.0, 0, self.retries
+        done, failed, turn, tries, trust = 0.0, 0.0, 0, self.retries, 1.0
         while done < 1:
             turn += 1
             step = round(done * rounds) + 1
             aim = (done + failed) / 2 if failed else step / rounds
             goal = _goal(full, fractions, aim)
-            cut = self._shrink(good, bench, goal, multiple, least)
+            cut = self._shrink(good, bench, goal, multiple, least, trust)
             title = f"prune {step}/{rounds}" if not failed else f"prune, a smaller step ({tries} left)"
             if self.recover and self.recover.steps:  # which leaves batch norm better estimated than a few batches would
                 train(cut.model, bench, self.recover, title, bench.seed + turn)
@@ -220,7 +220,7 @@ class Prune(Settings):
             told = ", ".join(f"{name} {score:.4g}" for name, score in scores.items())
             bench.progress.line(f"  {title}: {_left(cut.costs, full)}; {told}")
             if over := bench.over(scores, self.slack):
-                worst, failed = bench.worst(scores), aim
+                worst, failed, trust = bench.worst(scores), aim, trust / 2
                 why = f"with {_left(cut.costs, full)} {over}{cut.culprit(worst)}"
             else:
                 narrower, sizes = cut.costs != sizes, cut.costs
@@ -246,9 +246,13 @@ class Prune(Settings):
         return f"no group may become narrower (widths are multiples of {cut.multiple}, {least})"
 
     def _shrink(
-        self, model: MultiTaskModel, bench: Bench, goal: Costs, multiple: int, least: Mapping[str, int]
+        self, model: MultiTaskModel, bench: Bench, goal: Costs, multiple: int, least: Mapping[str, int],
+        trust: float = 1.0,
     ) -> "_Shrunk":
         """A copy cut to the goal, shown to answer as the uncut network does with the same channels zeroed.
+
+        Args:
+            trust: share of the budgets that a sequential search may spend: what it asked has been too hopeful before.
 
         Raises:
             CompressError: `weights` are given, and the criterion tells no task from another.
@@ -263,7 +267,7 @@ class Prune(Settings):
         while True:
             given = prunable, groups, value_C, goal, multiple, floors
             if self.search == "sequential":
-                oracle = Oracle(model, prunable, bench, self.batches, self.slack)
+                oracle = Oracle(model, prunable, bench, self.batches, trust * self.slack)
                 keep, stopped = walk(*given, oracle.holds), oracle.stopped
                 bench.asked.append((oracle.asked, len(groups)))
                 bench.progress.line(f"  asked the cut network {oracle.asked} times about {len(groups)} groups")

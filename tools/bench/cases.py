@@ -91,7 +91,7 @@ CHANNELS: Mapping[str, Case] = {
     "uniform width": partial(stages, search="uniform", criterion="magnitude", weights={}),
     "magnitude": partial(stages, criterion="magnitude", weights={}),  # which heeds no task
     PUBLISHED: published,
-    SEQUENTIAL: partial(stages, search="sequential", slack=20.0),
+    SEQUENTIAL: partial(stages, search="sequential", slack=60.0),
     "from scratch": scratch,
     "single tasks": singles,
     LONGER: longer,

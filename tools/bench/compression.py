@@ -34,7 +34,6 @@ from compressor.trace import trace
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES, RESULTS = Path(__file__).parent / "recipes", ROOT / "docs" / "results"
 LATENCIES = 0.6, 0.4
-SWEEPS = 2  # loader passes that a question of ours is counted as: batch norm anew, then scores; as published it is one
 GRADIENTS = 3  # loader passes that a round's gradients are counted as, forward and back, where no question is asked
 
 Found = dict[str, Any]
@@ -125,9 +124,9 @@ def _asked(runs: list[Found], which: int = 0) -> int:
 
 
 def _passes(runs: list[Found]) -> float:
-    """Loader passes that the searches of a run took, on average."""
+    """Loader passes that the searches of a run took, on average: a question is one."""
     rounds = sum(stage.get("rounds", 0) for one in runs for stage in one["about"]["stages"] if stage["kind"] == "prune")
-    return (SWEEPS * _asked(runs) or GRADIENTS * rounds) / len(runs)
+    return (_asked(runs) or GRADIENTS * rounds) / len(runs)
 
 
 def rows_of(name: str, found: dict[str, list[Found]]) -> list[Row]:
@@ -195,7 +194,7 @@ def table(name: str, found: dict[str, list[Found]]) -> str:
     notes = [f"- {case}, seed {seed}: {note}" for case, seed, note in every]
     notes += [
         f"- {case}: {_asked(runs)} questions to cut networks about {_asked(runs, 1)} groups, over all searches; "
-        f"a question is {'one pass' if case == PUBLISHED else f'{SWEEPS} passes'} over a loader"
+        "a question is one pass over the calibrate split"
         for case, runs in found.items() if any(one["asked"] for one in runs)
     ]
     return "\n".join([*lines, "", *notes]).rstrip() + "\n"
