@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from compressor import compute
 from compressor.averaging import SETTLING_STEPS, Average, Settling
@@ -22,6 +23,7 @@ from profiles.settings import Settings, did_you_mean
 
 LARGEST_GRADIENT = 5.0
 SHORTEST_WINDOW = 10
+WIDEST_VECTOR = 16  # floats
 SEEDS_APART = 1_000_003  # each step of each process draws its chance from a seed of its own
 
 
@@ -206,21 +208,43 @@ def _lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:
 
 
 def _takes_channels_last(model: MultiTaskModel, bench: Bench, seed: int) -> bool:
-    """Whether the network and its losses compute on images laid out so: code may view them as if they were not."""
+    """Whether the network and its losses compute on images laid out so: code may view them as if they were not.
+
+    On a processor some gradients may not be computed so (`_NarrowPoints`).
+    """
     batch = next(iter(bench.workload.batches("train", seed)), None)
     if batch is None:
         return False
     tried, batch = model.clone(), batch.to(bench.device)
     tried.module.eval()
     _lay_out(tried.module, torch.channels_last)
+    narrow = _NarrowPoints()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), narrow:
             answers = tried.answers(*batch.inputs)
             if batch.labels:
                 bench.workload.losses(answers, batch)
     except RuntimeError:
         return False
-    return True
+    return bench.device.type != "cpu" or not narrow.seen
+
+
+class _NarrowPoints(TorchFunctionMode):
+    """Looks for strided convolutions of single pixels that read fewer channels than a vector holds.
+
+    oneDNN (3.12, which torch 2.13 brings) writes past its workspace when it computes the gradient of their weights with
+    the channels last (https://github.com/uxlfoundation/oneDNN/issues/6035), and pruning makes such layers.
+    """
+
+    seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(zip(("input", "weight", "bias", "stride"), args, strict=False)) | (kwargs or {})
+        if func is torch.conv2d:
+            stride, weight = given.get("stride", 1), given["weight"]
+            strided = max(stride if isinstance(stride, tuple | list) else (stride,)) > 1
+            self.seen |= strided and weight.shape[1] < WIDEST_VECTOR and tuple(weight.shape[2:]) == (1, 1)
+        return func(*args, **(kwargs or {}))
 
 
 def _schedule(step: int, how: Training) -> float:

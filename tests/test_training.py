@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import plain
 import pytest
 import tiny
 import torch
@@ -601,3 +603,31 @@ def test_a_gpu_learns_the_same_and_leaves_everything_on_the_cpu(
         found.append(gap_to(trained, model))
         assert bench.scores(trained) == pytest.approx(bench.before, abs=0.02)
     assert found[0] == pytest.approx(found[1], rel=0.3)
+
+
+class Bypass(nn.Module):
+    """A strided convolution of single pixels, of so many channels, beside a wider one."""
+
+    layouts: list[bool]
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.stem, self.bypass = nn.Conv2d(3, channels, 3, padding=1), nn.Conv2d(channels, 24, 1, 2)
+        self.main = nn.Conv2d(channels, 24, 3, 2, 1)
+        self.layouts = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        if self.training:
+            self.layouts.append(x.is_contiguous(memory_format=torch.channels_last))
+        return (self.main(x) + self.bypass(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize(("channels", "last"), [(4, False), (15, False), (16, True)])
+def test_channels_are_last_but_where_a_gradient_would_be_written_past_its_end(
+    channels: int, last: bool, tmp_path: Path
+) -> None:
+    example = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model, bench = plain.setup(partial(Bypass, channels), (example,), tmp_path)
+    train(model, bench, Training(steps=3), "t", 0)
+    assert model.module.layouts == [last] * 3
