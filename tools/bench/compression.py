@@ -7,12 +7,14 @@ trained network and gets the same training. Scores are taken on the validate spl
 one accepted, relative to the original's score ("2 %") or in the metric's unit.
 
 Finished cases are kept in docs/results/runs and not repeated while their settings stay the same; --tables writes
-docs/results/STUDY.md from them. --quick runs seed 0 with a tenth of the training and keeps nothing.
+docs/results/STUDY.md from them. What was stopped goes on at its last checkpoints, which are in runs/.
+--quick runs seed 0 with a tenth of the training and keeps nothing.
 
 With --latency instead: goals in latency on scenes, without training, and what the pruned network then takes.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -50,9 +52,9 @@ def run(name: str, case: str, seed: int, share: float, folder: Path) -> Found:
         return dict(known)
     job = pipeline.prepare(loaded, base, Reporter(), builds=False)
     bench, original = job.bench, job.model
-    begun = time.monotonic()
+    begun, unfinished = time.monotonic(), ROOT / "runs" / file.stem
     with tempfile.TemporaryDirectory() as scratch, compute.threads(loaded.compute_threads):
-        bench.before, bench.directory = bench.scores(original), Path(scratch)
+        bench.before, bench.directory, bench.checkpoints = bench.scores(original), Path(scratch), unfinished
         networks = study.cases[case](job)
     dense, parameters = count_macs(trace(original))[0], sum(value.numel() for value in original.module.parameters())
     scores, macs, effective, left, nonzero = dict[str, float](), 0, 0, 0, 0
@@ -74,6 +76,7 @@ def run(name: str, case: str, seed: int, share: float, folder: Path) -> Found:
     draft = file.with_suffix(".draft")
     draft.write_text(json.dumps(found, indent=1) + "\n")
     draft.replace(file)
+    shutil.rmtree(unfinished, ignore_errors=True)
     return found
 
 
