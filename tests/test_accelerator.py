@@ -78,9 +78,9 @@ def test_requantizing_is_the_nearest_step(total: int, bias: int, factor: float, 
         assert answer == (127 if exact > 0 else -128)
 
 
-def test_halves_are_rounded_up() -> None:
+def test_halves_are_rounded_to_even() -> None:
     half = Step(Scaling.of(np.array([0.5]), np.zeros(1)), 0)
-    assert requantized(np.array([[-3], [-1], [1], [3]]), half).ravel().tolist() == [-1, 0, 1, 2]
+    assert requantized(np.arange(-5, 6)[:, None], half).ravel().tolist() == [-2, -2, -2, -1, 0, 0, 0, 1, 2, 2, 2]
 
 
 def test_a_scale_or_bias_beyond_the_hardware_is_refused() -> None:

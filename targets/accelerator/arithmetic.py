@@ -1,6 +1,6 @@
 """What the accelerator computes with its sums: the reference that simulators, circuit and compiler agree with.
 
-A contraction's sum becomes `clamp(round((sum + bias) * multiplier / 2^shift) + zero)`, rounding halves up; that is an
+A contraction's sum becomes `clamp(round((sum + bias) * multiplier / 2^shift) + zero)`, halves to even; that is an
 int8 of the answer's grid. Where another tensor is added, the result goes through a second, narrower step.
 
 Source: the scheme of Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
@@ -121,9 +121,10 @@ def fixed_point(factor: NDArray[np.float64]) -> tuple[Int64, Int64]:
 
 
 def rounded(value: Int64, shift: Int64 | int) -> Int64:
-    """value / 2^shift, halves up."""
+    """value / 2^shift, halves to even, as ONNX's QuantizeLinear rounds."""
     half = np.left_shift(np.int64(1), np.asarray(shift, np.int64) - 1)
-    return np.asarray(np.right_shift(value + half, shift), np.int64)
+    odd = np.right_shift(value, shift) & 1
+    return np.asarray(np.right_shift(value + half - 1 + odd, shift), np.int64)
 
 
 def requantized(sums: NDArray[Any], step: Step, other: Int8 | None = None) -> Int8:

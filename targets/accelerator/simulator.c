@@ -70,7 +70,9 @@ static void gemm(Machine *m, const Instruction *one) {
     }
 }
 
-static int64_t rounded(int64_t value, int64_t shift) { return (value + (INT64_C(1) << (shift - 1))) >> shift; }
+static int64_t rounded(int64_t value, int64_t shift) {
+  return (value + (INT64_C(1) << (shift - 1)) - 1 + (value >> shift & 1)) >> shift;  // halves to even
+}
 
 static int64_t clamped(int64_t value, int64_t low, int64_t high) {
   return value > high ? high : value < low ? low : value;
