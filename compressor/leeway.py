@@ -3,10 +3,12 @@
 Sums in another order differ in their last bits. Where one lies within that of the middle between two steps of a grid,
 it is rounded to the other; the layers behind it carry that on, and in a deep network so many values end on a
 neighbouring step that the answers differ by about as much as quantizing changed them. How far differs from network to
-network, so it is measured: the same graph, each value nudged by such a last bit before it is rounded.
+network, so it is measured: the same graph, each value nudged by such a last bit before it is rounded. Values that
+float32 holds exactly, as exact grids make them (`quantization/grids.py`), are not nudged: there is one right answer.
 """
 
 from collections.abc import Sequence
+from math import frexp
 
 import numpy as np
 import onnx
@@ -18,6 +20,11 @@ from targets.base import Array
 NUDGE = 1e-4
 """Of a step: more than float32 leaves open of a sum of a thousand products."""
 _TIMES, _FACTOR = 3, 2.0
+_EXACT = frozenset((
+    "Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "Relu", "Clip", "MaxPool", "GlobalMaxPool", "Resize",
+    "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Concat", "Split", "Slice", "Gather", "Pad", "Expand",
+    "Tile", "DepthToSpace", "SpaceToDepth", "Identity",
+))  # fmt: skip
 
 
 def leeway(model: onnx.ModelProto, inputs: Sequence[tuple[Array, ...]]) -> dict[str, float]:
@@ -48,13 +55,20 @@ def leeway(model: onnx.ModelProto, inputs: Sequence[tuple[Array, ...]]) -> dict[
 
 
 def _nudged(model: onnx.ModelProto, seed: int) -> onnx.ModelProto | None:
-    """The graph with uniform noise before every rounding; None where there is none."""
+    """The graph with uniform noise before every rounding of what is not exact; None where nothing is."""
     found = onnx.ModelProto()
     found.CopyFrom(model)
     steps = {one.name: float(numpy_helper.to_array(one).max()) for one in found.graph.initializer if not one.dims}
-    nodes = list[onnx.NodeProto]()
+    constants, given = {one.name for one in found.graph.initializer}, {one.name for one in found.graph.input}
+    nodes, exact = list[onnx.NodeProto](), set(constants)
     for number, node in enumerate(found.graph.node):
-        if node.op_type == "QuantizeLinear" and node.input[1] in steps:
+        if node.op_type == "DequantizeLinear":
+            known = node.input[0] in constants or _is_binary(steps.get(node.input[1]))
+        else:
+            known = node.op_type in _EXACT and exact.issuperset(filter(None, node.input))
+        exact.update(node.output if known else ())
+        rounds = node.op_type == "QuantizeLinear" and node.input[1] in steps
+        if rounds and not (_is_binary(steps[node.input[1]]) and node.input[0] in exact | given):
             value, reach = node.input[0], NUDGE * steps[node.input[1]]
             noise, moved = f"{node.output[0]}.noise", f"{node.output[0]}.nudged"
             drawn = float(1 + 10_000 * seed + number)
@@ -69,3 +83,8 @@ def _nudged(model: onnx.ModelProto, seed: int) -> onnx.ModelProto | None:
     del found.graph.node[:]
     found.graph.node.extend(nodes)
     return found
+
+
+def _is_binary(step: float | None) -> bool:
+    """Is it a power of two?"""
+    return step is not None and frexp(step)[0] == 0.5

@@ -24,9 +24,9 @@ GRIDS = "on grids"
 TOLERANCE: Mapping[str, float] = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2, GRIDS: 3e-2}
 """Largest accepted difference by dtype, as a fraction of the largest magnitude eager answers; other dtypes: equal.
 
-Where a network is quantized, sums that differ in their last bit round to neighbouring steps in places, and so on from
-there: ONNX Runtime's answers for the scenes example differ by up to 2 % in single pixels. Where that makes more of a
-difference, so much more is accepted (`leeway.py`), up to `CHAOS`."""
+Where a network is quantized on grids that are not exact, sums that differ in their last bit round to neighbouring steps
+in places, and so on from there: ONNX Runtime's answers for the scenes example differ by up to 2 % in single pixels.
+Where that makes more of a difference, so much more is accepted (`leeway.py`), up to `CHAOS`."""
 
 CHAOS = 0.25
 """Of the largest answer: what moves further by rounding alone cannot be verified, and says little."""

@@ -92,19 +92,15 @@ def test_every_convolution_is_read(network: Network) -> None:
     assert len(network.inputs) == 1 and len(network.outputs) == 1
 
 
-def test_every_layer_is_within_a_step_of_onnx_runtime(program: Program, network: Network) -> None:
-    """Each of what ONNX Runtime gives it: a value that falls on the other side of a half would move those behind it."""
-    differing = count = 0
+def test_every_layer_answers_as_onnx_runtime_does(program: Program, network: Network) -> None:
+    """Each of what ONNX Runtime gives it."""
     for seed in range(4):
         x = torch.randn(INPUT.shape, generator=torch.Generator().manual_seed(seed)).numpy()
         given = by_onnx_runtime(program, x)
         for node in network.nodes:
             answer = node.layer(given[node.source], None if node.other is None else given[node.other])
             wanted = given.setdefault(node.result, answer)  # a pooling that keeps its grid is in no QuantizeLinear
-            gap = np.abs(answer.astype(int) - wanted.astype(int))
-            assert gap.max() <= 1, node.result
-            differing, count = differing + int((gap > 0).sum()), count + gap.size
-    assert differing < 1e-4 * count
+            assert np.array_equal(answer, wanted), node.result
 
 
 @pytest.mark.parametrize("design", [SMALL, Design()], ids=["8 x 8, small", "16 x 8"])
@@ -309,4 +305,7 @@ def test_host_and_accelerator_answer_together_as_onnx_runtime(
         x = torch.randn(INPUT.shape, generator=torch.Generator().manual_seed(seed)).numpy()
         found = machine["main"](tvm.runtime.tensor(x))
         for answer, wanted in zip(found, run(peer, (x,)).values(), strict=True):
-            assert np.abs(answer.numpy() - wanted).max() < 0.03 * np.abs(wanted).max()
+            if module is Attention:  # between whose grids the host computes a softmax in floating point
+                assert np.abs(answer.numpy() - wanted).max() < 0.03 * np.abs(wanted).max()
+            else:
+                assert np.array_equal(answer.numpy(), wanted)

@@ -158,6 +158,8 @@ def test_untuned_winograd_is_taken_where_it_saves_much(
 ) -> None:
     candidates = ConvolutionLayer(source, weights, window, size, size).candidates(networks.cpu_device())
     assert min(candidates, key=lambda one: one.cycles).name.startswith(picked)
+    exact = ConvolutionLayer(source, weights, window, size, size, exact=True).candidates(networks.cpu_device())
+    assert all(candidate.name.startswith("direct") for candidate in exact)
 
 
 @compiled

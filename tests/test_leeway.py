@@ -1,6 +1,8 @@
 """What rounding alone moves answers by is measured, and two right ways to compute a network are no further apart."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -22,8 +24,9 @@ from targets.base import Program
 class Deep(nn.Module):
     """Many convolutions one behind the other, untrained and without norms, that carry every rounding on."""
 
-    def __init__(self, blocks: int = 24) -> None:
+    def __init__(self, blocks: int = 24, bend: Callable[[Tensor], Tensor] = torch.relu) -> None:
         super().__init__()
+        self.bend = bend
         self.stem, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 2, 1)
         self.wide = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(blocks))
         for one in self.wide:
@@ -32,12 +35,14 @@ class Deep(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         for one in self.wide:
-            x = torch.relu(one(x)) - 0.3
+            x = self.bend(one(x)) - 0.3
         return self.last(x).mean((2, 3))
 
 
-def program_of(model: MultiTaskModel, bench: Bench) -> tuple[MultiTaskModel, Program]:
-    found = Quantize(kind="quantize", batches=2, most_kept=0).run(model, bench)
+def program_of(
+    model: MultiTaskModel, bench: Bench, steps: Literal["exact", "any"] = "any"
+) -> tuple[MultiTaskModel, Program]:
+    found = Quantize(kind="quantize", batches=2, most_kept=0, steps=steps).run(model, bench)
     return found, to_program(extract(found, [task.name for task in found.tasks]), found.inputs)[1]
 
 
@@ -55,6 +60,14 @@ def test_a_deep_network_is_given_as_much_as_it_needs(tmp_path: Path) -> None:
     assert room > 1e-3 * scale
     far = [(want, have + np.float32(1.1 * max(room, 0.03 * scale))) for want, have in pairs]
     assert not compare("onnx", "t", far, room).holds
+
+
+def test_a_network_on_exact_grids_is_given_nothing_but_for_what_is_not_exact(tmp_path: Path) -> None:
+    given = (torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)),)
+    for make, exact in ((Deep, True), (lambda: Deep(bend=torch.tanh), False)):
+        model, bench = setup(make, given, tmp_path)
+        _, program = program_of(model, bench, "exact")
+        assert (leeway(program.model, [tuple(x.numpy() for x in given)])["t"] == 0.0) == exact
 
 
 def test_it_is_the_same_each_time_and_small_for_a_shallow_network(model: MultiTaskModel, bench: Bench) -> None:

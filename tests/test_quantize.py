@@ -1,7 +1,9 @@
 """Quantization: grids, what lies on them, and that every form of a quantized network answers alike."""
 
+from math import frexp
 from pathlib import Path
 
+import networks
 import numpy as np
 import pytest
 import tiny
@@ -9,15 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
+from plain import setup
 from torch import Tensor, nn
 
 from compressor.bench import Bench
+from compressor.budgets import Budget
 from compressor.errors import CompressError
 from compressor.export import run, session, to_program
 from compressor.model import MultiTaskModel
 from compressor.pathway import extract
 from compressor.quantization.calibrate import grids, seen
-from compressor.quantization.grids import Grid
+from compressor.quantization.grids import SCALE_BITS, Grid
 from compressor.quantization.points import points
 from compressor.quantization.ranges import Histogram, weight_scales
 from compressor.quantization.simulate import computed, folded
@@ -44,10 +48,12 @@ def of(module: nn.Module, *inputs: Tensor) -> MultiTaskModel:
 # --- grids and ranges
 
 
-@given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6))
-def test_a_grid_spans_what_it_is_asked_to_and_has_zero(a: float, b: float) -> None:
+@given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6), st.booleans())
+def test_a_grid_spans_what_it_is_asked_to_and_has_zero(a: float, b: float, exact: bool) -> None:
     low, high = min(a, b, 0.0), max(a, b, 0.0)
-    grid = Grid.spanning(a, b) if a < b else Grid.spanning(b, a)
+    grid = Grid.spanning(min(a, b), max(a, b), exact=exact)
+    assert not exact or frexp(grid.scale)[0] == 0.5
+    assert grid.scale <= (1.01 + exact) * max((high - low) / 255, 2.0**-40) or low == high
     assert -128 <= grid.zero_point <= 127
     assert grid.low <= low + grid.scale and grid.high >= high - grid.scale
     assert (0 - grid.zero_point + grid.zero_point) * grid.scale == 0.0
@@ -91,6 +97,15 @@ def test_weight_scales_are_by_channel_and_never_zero() -> None:
     assert error[0] <= error[1]
 
 
+def test_exact_weight_scales_are_short_and_no_more_than_a_sixteenth_wider() -> None:
+    weight = torch.randn(64, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    for rule in ("minmax", "mse"):
+        scales, plain = (weight_scales(weight, 0, rule, exact=exact) for exact in (True, False))  # type: ignore[arg-type]
+        assert all(float(scale).as_integer_ratio()[0] < 2**SCALE_BITS for scale in scales)
+        if rule == "minmax":
+            assert (scales >= plain).all() and (scales <= plain * (1 + 2.0 ** (1 - SCALE_BITS))).all()
+
+
 def test_what_is_infinite_gets_no_grid() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
@@ -106,7 +121,7 @@ def test_what_is_infinite_gets_no_grid() -> None:
     where = points(network)
     assert "add" in where.values
     histograms = seen(lambda _: network, where.values, [model.inputs])
-    found = grids(computed(network), where, histograms, ("mse", "mse"), 0)
+    found = grids(computed(network), where, histograms, ("mse", "mse"), 0, exact=True)
     assert set(where.values) - set(found.values) == {"add"}
     model.quantization = found
     answer = model.answers(*model.inputs)["t"]
@@ -185,6 +200,52 @@ def test_it_answers_alike_in_batches_and_one_by_one(model: MultiTaskModel, bench
         assert torch.allclose(together[task], torch.cat([one[task] for one in alone]), atol=1e-4)
 
 
+class Wide(nn.Module):
+    """Convolutions that a processor would transform, strides, a residual chain, poolings and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 24, 3, 2, 1)
+        self.first, self.second = nn.Conv2d(24, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.down(torch.relu(self.stem(x))))
+        x = torch.relu(x + self.second(torch.relu(self.first(x))))
+        return self.head(nn.functional.max_pool2d(x, 2).mean((2, 3)))
+
+
+def test_exact_grids_answer_alike_to_the_bit_in_every_form(tmp_path: Path) -> None:
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model, bench = setup(Wide, (image,), tmp_path)
+    found = quantize(batches=2, steps="exact", most_kept=0.0).run(model, bench)
+    _, program = to_program(extract(found, ("t",)), found.inputs)
+    device = networks.cpu_device(bits=networks.host_bits())
+    for seed in range(4):
+        x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            wanted = found.answers(x)["t"].numpy()
+        for answer in (networks.answers, lambda p, x: networks.run_built(p, device, x)):
+            assert np.array_equal(answer(program, x.numpy())["t"], wanted)
+
+
+def test_steps_are_exact_unless_that_costs_a_budget(tmp_path: Path) -> None:
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model, bench = setup(Wide, (image,), tmp_path)
+    plain = quantize(batches=2, most_kept=0.0, equalise="never")
+    lost = {}
+    for steps in ("exact", "any"):
+        found = plain.model_copy(update={"steps": steps}).run(model, bench)
+        lost[steps] = bench.scores(found)["t"] - bench.before["t"]
+    assert lost["any"] < lost["exact"], "or this network tells nothing"
+    for budget, exact in ((2 * lost["exact"], True), ((lost["exact"] + lost["any"]) / 2, False)):
+        bench.budgets, bench.notes = {"t": Budget.parse(budget)}, []
+        found = plain.run(model, bench)
+        assert found.quantization is not None
+        assert all(frexp(grid.scale)[0] == 0.5 for grid in found.quantization.values.values()) == exact
+        assert any("powers of two a task left its budget" in note for note in bench.notes) != exact
+
+
 @pytest.mark.parametrize("tasks", [("kind",), ("mask",), ("kind", "size", "mask")])
 def test_every_form_of_a_quantized_pathway_answers_alike(
     model: MultiTaskModel, bench: Bench, tasks: tuple[str, ...]
@@ -222,7 +283,7 @@ def test_a_layer_of_zeros_is_exported_as_one(tmp_path: Path) -> None:
     network = folded(trace(model))
     where = points(network)
     found.quantization = grids(
-        computed(network), where, seen(lambda _: network, where.values, [model.inputs]), ("mse", "mse"), 0
+        computed(network), where, seen(lambda _: network, where.values, [model.inputs]), ("mse", "mse"), 0, exact=True
     )
     _, program = to_program(extract(found, ("t",)), found.inputs)
     answer = run(session(program.model), tuple(x.numpy() for x in model.inputs))["t"]
@@ -276,10 +337,10 @@ def test_layers_stay_in_floating_point_when_asked(model: MultiTaskModel, bench: 
 def test_a_budget_keeps_the_layers_that_win_most_in_floating_point(model: MultiTaskModel, tmp_path: Path) -> None:
     """Answers on 256 steps cost the size more than it may; its head is what helps."""
     bench = tiny.bench(model, tmp_path, size=0.0, kind=1.0, mask=1.0)
-    whole = quantize(answers="int8", most_kept=0).run(model, bench)
+    whole = quantize(answers="int8", steps="any", most_kept=0).run(model, bench)
     assert bench.short and min(bench.margins(bench.scores(whole)).values()) < 0
     bench.notes.clear()
-    found = quantize(answers="int8", most_kept=1.0).run(model, bench)
+    found = quantize(answers="int8", steps="any", most_kept=1.0).run(model, bench)
     assert bench.margins(bench.scores(found))["size"] > bench.margins(bench.scores(whole))["size"]
     assert bench.notes[0] == "10 values and 7 weights lie on grids, from 4 batches of the calibrate split."
     assert bench.notes[1].startswith("of its budget the worst task wins back most where these stay in floating point:")

@@ -8,14 +8,15 @@ from torch import Tensor, fx
 from compressor.errors import CompressError
 from compressor.graph import argument, tensor_of
 from compressor.model import MultiTaskModel
-from compressor.quantization.grids import Grid, Quantization
+from compressor.quantization.grids import SCALE_BITS, Grid, Quantization, short
 from compressor.quantization.points import Points, points
 from compressor.quantization.ranges import Histogram, Rule, weight_scales
 from compressor.quantization.ratios import rounded
 from compressor.quantization.simulate import channel_dim, computed, folded, weight_of
 from compressor.trace import as_brought
 
-LARGEST_BIAS = 2.0**24
+LARGEST_BIAS = 2.0 ** (24 - SCALE_BITS)
+"""In steps of its layer's sums: times a short scale, float32 holds it."""
 
 Trace = Callable[[tuple[Tensor, ...]], fx.GraphModule]
 """The folded trace for inputs of these shapes."""
@@ -40,29 +41,31 @@ def seen(trace: Trace, names: Iterable[str], batches: Iterable[tuple[Tensor, ...
 
 def grids(
     network: fx.GraphModule, where: Points, histograms: Mapping[str, Histogram], rules: tuple[Rule, Rule],
-    percentile: float,
+    percentile: float, *, exact: bool,
 ) -> Quantization:
     """The grids of those values, and of the weights; a value that is infinite in places, as masks are, gets none.
-
-    Ratios between their steps are short (`ratios.py`).
 
     Args:
         network: a folded trace, computed.
         rules: for values, for weights.
+        exact: as `grids.py` says; else only the ratios between them are short (`ratios.py`).
 
     Raises:
         CompressError: a contraction reads such a value.
     """
     finite = [name for name in where.values if histograms[name].finite]
     values: dict[str, Grid] = {
-        name: histograms[name].grid(rules[0], percentile, centred=name in where.centred) for name in finite
+        name: histograms[name].grid(rules[0], percentile, centred=name in where.centred, exact=exact)
+        for name in finite
     }
     scales = {}
     for node in network.graph.nodes:
         if node.name in where.weighted:
-            scale = weight_scales(tensor_of(network, str(weight_of(node).target)), channel_dim(node), rules[1])
-            scales[node.name] = torch.maximum(scale, _least(network, node, values))
-    return rounded(network, Quantization(values, scales))
+            weight, least = tensor_of(network, str(weight_of(node).target)), _least(network, node, values)
+            scale = weight_scales(weight, channel_dim(node), rules[1], exact=exact)
+            scales[node.name] = torch.maximum(scale, short(least) if exact else least)
+    found = Quantization(values, scales)
+    return found if exact else rounded(network, found)
 
 
 def roughly(model: MultiTaskModel) -> MultiTaskModel:
@@ -75,12 +78,12 @@ def roughly(model: MultiTaskModel) -> MultiTaskModel:
     where = points(network, (), range(len(model.tasks)))
     histograms = seen(lambda _: network, where.values, [model.inputs])
     found = model.clone()
-    found.quantization = grids(computed(network), where, histograms, ("minmax", "minmax"), 100)
+    found.quantization = grids(computed(network), where, histograms, ("minmax", "minmax"), 100, exact=True)
     return found
 
 
 def _least(network: fx.GraphModule, node: fx.Node, values: Mapping[str, Grid]) -> Tensor:
-    """The scale at which a layer's bias still is a few bits from the ends of its accumulators."""
+    """The scale at which a layer's bias is `LARGEST_BIAS`."""
     bias, source = argument(node, "bias"), node.args[0]
     if not isinstance(bias, fx.Node) or bias.op != "get_attr":
         return torch.zeros(1)

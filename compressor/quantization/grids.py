@@ -1,8 +1,17 @@
-"""Grids of 256 steps, and the record of those that a quantized network's values and weights lie on."""
+"""Grids of 256 steps, and the record of those that a quantized network's values and weights lie on.
+
+Grids are exact where values' scales are powers of two and weights' are numbers of `SCALE_BITS` bits. Then products
+added up in float32, in any order, give the very sum, as long as that has no more than 24 - SCALE_BITS bits, and between
+two grids it is multiplied by a short binary fraction: integer hardware, ONNX Runtime and the simulation answer alike,
+to the bit.
+Source: Jain et al., "Trained Quantization Thresholds for Accurate and Efficient Fixed-Point Inference of Deep Neural
+Networks", MLSys 2020, whose scales are powers of two for weights as well.
+"""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import ceil, log2
 from pathlib import Path
 
 import torch
@@ -17,6 +26,7 @@ LARGEST_WEIGHT = 127  # symmetric: -128 is left out, so that a product of two ne
 ACCUMULATOR = -(2**31), 2**31 - 1
 SCHEMA = "taskpress.quantization/1"
 GRIDS, TENSORS = "quantization.json", "quantization.safetensors"
+SCALE_BITS = 5
 _SCALE, _OFFSET = "scale.", "offset."
 _FINEST = 2.0**-40
 
@@ -29,19 +39,19 @@ class Grid:
     zero_point: int
 
     @classmethod
-    def spanning(cls, low: float, high: float) -> "Grid":
+    def spanning(cls, low: float, high: float, *, exact: bool = False) -> "Grid":
         """The finest grid from `low` to `high` that has an exact zero, which padding and ReLU need.
 
         The scale is a float32, as every runtime keeps it.
         """
         low, high = min(low, 0.0), max(high, 0.0)
-        scale = _step((high - low) / (HIGHEST - LOWEST))
+        scale = _step((high - low) / (HIGHEST - LOWEST), exact)
         return cls(scale, max(LOWEST, min(HIGHEST, LOWEST - round(low / scale))))
 
     @classmethod
-    def centred(cls, low: float, high: float) -> "Grid":
+    def centred(cls, low: float, high: float, *, exact: bool = False) -> "Grid":
         """The finest grid from `low` to `high` whose zero is at 0."""
-        return cls(_step(max(-low, high, 0.0) / HIGHEST), 0)
+        return cls(_step(max(-low, high, 0.0) / HIGHEST, exact), 0)
 
     @property
     def low(self) -> float:
@@ -52,9 +62,16 @@ class Grid:
         return (HIGHEST - self.zero_point) * self.scale
 
 
-def _step(wanted: float) -> float:
+def _step(wanted: float, exact: bool) -> float:
     """A step of a grid; where nothing but zero was seen any will do, and one of 1 keeps factors between grids small."""
-    return float(torch.tensor(max(wanted, _FINEST) if wanted else 1.0, dtype=torch.float32))
+    step = max(wanted, _FINEST) if wanted else 1.0
+    return float(2.0 ** ceil(log2(step))) if exact else float(torch.tensor(step, dtype=torch.float32))
+
+
+def short(scales: Tensor) -> Tensor:
+    """The next larger numbers of `SCALE_BITS` bits."""
+    fraction, exponent = torch.frexp(scales)
+    return torch.ldexp((fraction * 2**SCALE_BITS).ceil(), exponent - SCALE_BITS)
 
 
 @dataclass(frozen=True, slots=True)

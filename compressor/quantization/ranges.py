@@ -1,11 +1,12 @@
 """How far a value reaches, from batches that are seen once: extremes, percentiles, or least squared error."""
 
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from compressor.quantization.grids import HIGHEST, LARGEST_WEIGHT, LOWEST, Grid
+from compressor.quantization.grids import HIGHEST, LARGEST_WEIGHT, LOWEST, Grid, short
 
 Rule = Literal["minmax", "percentile", "mse"]
 
@@ -47,14 +48,15 @@ class Histogram:
             for part in torch.split(flat, _EXACT):
                 self._counts += torch.histc(part, _BINS, -self._reach, self._reach).double()
 
-    def grid(self, rule: Rule, percentile: float, *, centred: bool = False) -> Grid:
+    def grid(self, rule: Rule, percentile: float, *, centred: bool = False, exact: bool = False) -> Grid:
         """The grid of these values.
 
         Args:
             centred: whether its zero is at 0.
+            exact: whether its scale is a power of two.
             percentile: share of all values (0-100), for that rule, outside of which as many are cut off at either end.
         """
-        spanning = Grid.centred if centred else Grid.spanning
+        spanning = partial(Grid.centred if centred else Grid.spanning, exact=exact)
         if rule == "minmax" or self._reach == 0.0:
             return spanning(self.low, self.high)
         if rule == "percentile":
@@ -79,20 +81,21 @@ class Histogram:
         return float((self._counts * (middles - steps * grid.scale).square()).sum())
 
 
-def weight_scales(weight: Tensor, dim: int | None, rule: Rule) -> Tensor:
+def weight_scales(weight: Tensor, dim: int | None, rule: Rule, *, exact: bool = False) -> Tensor:
     """float32 symmetric scales, one for each index along `dim`, or one for the whole weight where it is None.
 
-    "mse" tries shares of the largest magnitude; the other rules take all of it.
+    "mse" tries shares of the largest magnitude; the other rules take all of it. Those that are to be exact are short.
     """
     values = weight.detach().float()
     rows = values.reshape(1, -1) if dim is None else values.transpose(0, dim).flatten(1)
     largest = rows.abs().amax(1)
     largest = torch.where(largest > 0, largest, largest.max().clamp_min(1e-12))  # a pruned channel's is any
+    largest = largest / LARGEST_WEIGHT
     if rule != "mse":
-        return largest / LARGEST_WEIGHT
-    best, least = largest / LARGEST_WEIGHT, torch.full_like(largest, float("inf"))
+        return short(largest) if exact else largest
+    best, least = largest, torch.full_like(largest, float("inf"))
     for share in torch.linspace(1.0, 0.4, 31).tolist():
-        scale = share * largest / LARGEST_WEIGHT
+        scale = short(share * largest) if exact else share * largest
         on_grid = (rows / scale[:, None]).round().clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT) * scale[:, None]
         error = (rows - on_grid).square().sum(1)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)

@@ -1,6 +1,7 @@
 """int8, inside each task's budget."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -33,6 +34,9 @@ class Quantize(Settings):
         ranges: how far the grid of a value reaches: "minmax", all that is seen; "percentile", what lies between the two
             outer shares; "mse", where the squared error is least.
         weights: the same for weights ("percentile" takes all, as "minmax").
+        steps: "exact": powers of two for values, short numbers for weights, with which ONNX Runtime, an integer device
+            and the simulation answer alike, to the bit (`compressor/quantization/grids.py`); "any": as fine as the
+            range allows, up to half as wide; "auto": exact, but any where a task leaves its budget, if the worst gains.
         percentile: the share of values, in percent, that "percentile" spans.
         batches: calibration batches, of the calibrate split; each is seen once, and only counts are kept.
         answers: "int32" leaves a contraction's answer that is a task's answer as the accumulators hold it; "int8" puts
@@ -53,6 +57,7 @@ class Quantize(Settings):
     kind: Literal["quantize"]
     ranges: Rule = "mse"
     weights: Rule = "mse"
+    steps: Literal["auto", "exact", "any"] = "auto"
     percentile: float = Field(gt=50, le=100, default=99.99)
     batches: int = Field(ge=1, default=8)
     answers: Literal["int32", "int8"] = "int32"
@@ -88,13 +93,17 @@ class Quantize(Settings):
         if self.equalise == "always":
             work = work.equalised()
         found, scores = work.scored()
-        if self.equalise == "auto" and bench.over(scores, self.slack):
-            other = work.equalised()
-            after = other.scored()
+        changes = [_Work.with_any_steps] if self.steps == "auto" else []
+        changes += [_Work.equalised] if self.equalise == "auto" else []
+        for change in changes:
+            if not bench.over(scores, self.slack):
+                break
+            changed = change(work)
+            after = changed.scored()
             if min(bench.shares(after[1]).values()) > min(bench.shares(scores).values()):
-                work, (found, scores) = other, after
-        if work.told:
-            bench.note(work.told)
+                work, (found, scores) = changed, after
+        for told in work.told:
+            bench.note(told)
         assert found.quantization is not None
         bench.note(
             f"{len(found.quantization.values)} values and {len(found.quantization.scales)} weights lie on grids, from "
@@ -111,11 +120,13 @@ class _Work:
     """What the stage computes once: the trace, and how far its values reach.
 
     Attributes:
-        told: what was done to the network before, as a sentence.
+        exact: whether grids are.
+        told: what was done differently than by default, in sentences.
     """
 
-    def __init__(self, how: Quantize, model: MultiTaskModel, bench: Bench, told: str = "") -> None:
-        self.how, self.model, self.bench, self.told = how, model, bench, told
+    def __init__(self, how: Quantize, model: MultiTaskModel, bench: Bench) -> None:
+        self.how, self.model, self.bench = how, model, bench
+        self.exact, self.told = how.steps != "any", tuple[str, ...]()
         self._traces: dict[object, fx.GraphModule] = {}
         self.network = self.trace(model.inputs)
         self.names = layer_names(self.network)
@@ -129,8 +140,17 @@ class _Work:
     def equalised(self) -> "_Work":
         """The same of the network with equalised channels."""
         found, moved = equalised(self.model, self.batches)
+        work = _Work(self.how, found, self.bench)
         told = f"{moved} channels were brought nearer to the range of those beside them, by powers of two."
-        return _Work(self.how, found, self.bench, told)
+        work.exact, work.told = self.exact, (*self.told, told)
+        return work
+
+    def with_any_steps(self) -> "_Work":
+        """The same on grids whose steps need not be exact."""
+        found = copy(self)
+        found.exact = False
+        found.told = *self.told, "With steps that are powers of two a task left its budget, so they are not."
+        return found
 
     def trace(self, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
         """The folded trace for inputs of these shapes."""
@@ -153,7 +173,7 @@ class _Work:
         if new := [name for name in where.values if name not in self.histograms]:
             self.histograms |= seen(self.trace, new, self.batches)
         rules = self.how.ranges, self.how.weights
-        record = grids(computed(self.network), where, self.histograms, rules, self.how.percentile)
+        record = grids(computed(self.network), where, self.histograms, rules, self.how.percentile, exact=self.exact)
         if corrected:
             shifts = offsets(self.trace, record, self.batches)
             record = Quantization(record.values, record.scales, shifts)

@@ -30,6 +30,7 @@ class ConvolutionLayer:
         source: (N, I, H, W, lanes), or (N, channels, H, W) where the input is planar.
         weights: (O, I, kernel h, kernel w, input lanes, lanes), I of one group.
         height, width: of the output.
+        exact: whether sums are to be the definition's, where float32 holds those, as a quantized network's have to be.
     """
 
     source: tuple[int, ...]
@@ -37,6 +38,7 @@ class ConvolutionLayer:
     window: Window
     height: int
     width: int
+    exact: bool = False
 
     @property
     def blocks_per_group(self) -> int:
@@ -56,14 +58,15 @@ class ConvolutionLayer:
 
         window = self.window
         geometry = f"s{text(window.strides)} p{text(window.padding)} d{text(window.dilation)}"
-        return f"convolution {text(self.source)} by {text(self.weights)} {geometry} to {self.height}x{self.width}"
+        what = "exact convolution" if self.exact else "convolution"
+        return f"{what} {text(self.source)} by {text(self.weights)} {geometry} to {self.height}x{self.width}"
 
     def candidates(self, device: Device) -> "list[Direct | Winograd]":
         """Every method and tile worth a try."""
         found: list[Direct | Winograd] = [Direct(self, tile) for tile in self._direct_tiles(device)]
         window, grouped = self.window, self.blocks_per_group != self.weights[0]
         [taps, *others] = set(phase_window(window).kernel)
-        if others or grouped or len(set(window.strides)) > 1 or max(window.dilation) > 1:
+        if self.exact or others or grouped or len(set(window.strides)) > 1 or max(window.dilation) > 1:
             return found
         for transforms in transforms_for(taps):
             if min(self.height, self.width) >= transforms.outputs:

@@ -25,7 +25,7 @@ from targets.kernels.sliding import depthwise, max_pool, sum_pool, window_counts
 from targets.kernels.transposed import Phases, interleave, phase_weights, phase_window
 from targets.kernels.window import Window
 from targets.passes.channels import Channels, pack_convolution, whole_groups
-from targets.passes.walk import Walk, array_of, ints, operator, shape_of
+from targets.passes.walk import Walk, array_of, ints, operator, rounds, shape_of
 
 _KEEP_FINITE = frozenset(
     f"relax.{name}"
@@ -55,7 +55,7 @@ class Blocker(Walk):
     ) -> None:
         super().__init__(builder, module)
         self._device, self._choices = device, choices
-        self._lanes = device.vector_lanes
+        self._lanes, self._exact = device.vector_lanes, rounds(module)
         self._blocked: dict[Any, Blocked] = {}
         self._rules: dict[str, Callable[[Any], Any]] = {
             "relax.nn.conv2d": self._convolution,
@@ -144,7 +144,7 @@ class Blocker(Walk):
 
     def _dense(self, x: Any, weights: Array, packed: Array, window: Window, height: int, width: int) -> Any:
         """The dense convolution of `x` that is chosen for its layer; `weights` as the network has them."""
-        layer = ConvolutionLayer(shape_of(x), packed.shape, window, height, width)
+        layer = ConvolutionLayer(shape_of(x), packed.shape, window, height, width, self._exact)
         self._choices.note(layer.key, layer.source[0] * height * width * weights.size, weights)
         method = self._choices.best(layer.key, layer.candidates(self._device))
         return self.kernel(method.kernel, x, relax.const(method.pack(packed)), anchors=True, name="convolution")

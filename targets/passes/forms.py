@@ -21,7 +21,7 @@ from targets.kernels.regions import Regions
 from targets.kernels.sparse_methods import SparseLayer
 from targets.kernels.tile import CACHE_BYTES
 from targets.kernels.window import Window
-from targets.passes.walk import array_of, bindings, ints, operator, shape_of
+from targets.passes.walk import array_of, bindings, ints, operator, rounds, shape_of
 
 # Cycles, fitted to times of single kernels with AVX-512.
 _MOVE, _FAR_MOVE = 9.0, 17.0  # a vector that changes its form, of a tensor that a core's own cache holds or not
@@ -45,7 +45,8 @@ def sparse_layers(module: tvm.IRModule, device: Device, choices: Choices) -> dic
     }
     if not any(layer.groups == 1 for layer in layers.values()):
         return {}
-    costs = _weighed({b.var: (layers[b.var], b.value) for b in bindings(module) if b.var in layers}, device, choices)
+    weighed = {b.var: (layers[b.var], b.value) for b in bindings(module) if b.var in layers}
+    costs = _weighed(weighed, rounds(module), device, choices)
     graph = networkx.DiGraph()
     for binding in bindings(module):
         var, value = binding.var, binding.value
@@ -114,9 +115,11 @@ class _Costs:
                 choices.instead[key, self.nonzeros] = f"{name} {ratio:.2f}x ({how})"
 
 
-def _weighed(found: dict[Any, tuple[SparseLayer, Any]], device: Device, choices: Choices) -> dict[Any, _Costs]:
+def _weighed(
+    found: dict[Any, tuple[SparseLayer, Any]], exact: bool, device: Device, choices: Choices
+) -> dict[Any, _Costs]:
     """What each convolution costs in either form; measured times where both forms have some."""
-    dense = {var: _dense(layer, value, device) for var, (layer, value) in found.items()}
+    dense = {var: _dense(layer, value, exact, device) for var, (layer, value) in found.items()}
     for var, (layer, _) in found.items():
         choices.best(layer.key, layer.candidates(device))
         if (other := dense[var]) is not None:
@@ -142,7 +145,7 @@ def _grouped_cycles(layer: SparseLayer, device: Device) -> float:
     return products * (_DEPTHWISE if each == 1 else 1.0)
 
 
-def _dense(layer: SparseLayer, value: Any, device: Device) -> ConvolutionLayer | None:
+def _dense(layer: SparseLayer, value: Any, exact: bool, device: Device) -> ConvolutionLayer | None:
     """The same convolution in blocks; None for a grouped one, which has no candidates there."""
     if layer.groups > 1:
         return None
@@ -152,7 +155,7 @@ def _dense(layer: SparseLayer, value: Any, device: Device) -> ConvolutionLayer |
     weights: tuple[int, ...] = (blocks, in_blocks, *layer.window.kernel, lanes, lanes)
     if layer.inputs < lanes and not isinstance(value.args[0], relax.Call):
         source, weights = (1, layer.inputs, *layer.size), (blocks, layer.inputs, *layer.window.kernel, 1, lanes)
-    return ConvolutionLayer(source, weights, layer.window, layer.height, layer.width)
+    return ConvolutionLayer(source, weights, layer.window, layer.height, layer.width, exact)
 
 
 def _moved(channels: int, regions: Regions) -> float:

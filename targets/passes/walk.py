@@ -93,6 +93,11 @@ def bindings(module: tvm.IRModule) -> list[Any]:
     return [binding for block in module["main"].body.blocks for binding in block.bindings]
 
 
+def rounds(module: tvm.IRModule) -> bool:
+    """Does it round values to a grid?"""
+    return any(operator(one.value) in ("relax.round", "relax.quantize") for one in bindings(module))
+
+
 def operator(value: Any) -> str:
     """Name of the operator a call applies, such as "relax.nn.conv2d"; empty for anything else."""
     return str(getattr(value.op, "name", "")) if isinstance(value, relax.Call) else ""
