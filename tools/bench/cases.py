@@ -130,7 +130,8 @@ STUDIES: Mapping[str, Study] = {
         title="Scenes: channels, then weights",
     ),
     "fashion-ticket": Study(
-        "fashion-ticket", BY_LAYERS, dict.fromkeys(_FASHION, "0"), title="MultiFashion: a ticket of 10 % of the weights"
+        "fashion-ticket", BY_LAYERS, dict.fromkeys(_FASHION, "0"), sets=["stages.1.loss_weights.right=1.15"],
+        title="MultiFashion: a ticket of 10 % of the weights",
     ),
     "fashion-ticket-5": Study(
         "fashion-ticket", BY_LAYERS, _FASHION, sets=[*_FIVE, "stages.1.steps=2574"],
