@@ -13,12 +13,12 @@ from torch import Tensor
 
 from compressor.allocation import kept, ranking
 from compressor.bench import Bench, by_batch, reestimate_batchnorm, takes_batches
-from compressor.budgets import margins
 from compressor.costs import Costs, Ledger
 from compressor.errors import CompressError
 from compressor.groups import Group, Prunable
+from compressor.margin import margin
 from compressor.model import MultiTaskModel
-from compressor.workload import Batch
+from compressor.workload import Batch, Task
 
 MOST_WIDTHS = 31  # a group's choices; bisection asks about five of them
 _TYPICAL = 0.3  # share of its channels that a group's place in the order goes by, as published
@@ -97,13 +97,26 @@ class Oracle:
 
     def holds(self, group: Group, keep: Tensor, share: float) -> bool:
         """Whether every task keeps inside that share of its slackened budget; what stopped it is remembered."""
-        tasks, budgets = self._bench.original.tasks, self._bench.budgets
-        left = margins(tasks, budgets, self._before, self.scores(keep), self._slack * share)
-        used = {name: left[name] / max(budgets[name].allowed(self._before[name]), 1e-12) for name in left}
-        worst = min(used, key=lambda name: used[name])
-        if used[worst] < 0:
+        scores, left = self.scores(keep), {}
+        for task in self._bench.original.tasks:
+            if task.name in self._bench.budgets:
+                before, after = self._before[task.name], scores[task.name]
+                budget = self._bench.budgets[task.name].allowed(before)
+                bound = _bound(task, before, self._slack * share * budget)
+                found = margin(before, after, bound, higher_is_better=task.higher_is_better)
+                left[task.name] = found / max(bound, 1e-12)
+        worst = min(left, key=lambda name: left[name])
+        if left[worst] < 0:
             self.stopped[group.name] = worst
-        return used[worst] >= 0
+        return left[worst] >= 0
+
+
+def _bound(task: Task, before: float, allowed: float) -> float:
+    """The drop that is accepted of a network that will recover: of a score that falls, what its inverse might rise.
+
+    An error may grow to three times what it was, an accuracy may fall to a third: no slack allows all of it to go.
+    """
+    return before * allowed / (before + allowed) if task.higher_is_better and before > 0 else allowed
 
 
 def judging(bench: Bench) -> list[Batch]:

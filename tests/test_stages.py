@@ -144,6 +144,23 @@ def test_the_oracle_sees_what_the_cut_network_answers(model: MultiTaskModel, tmp
     assert oracle.scores(prunable.keep_all()) != seen and oracle.asked == 2
 
 
+@pytest.mark.parametrize(("after", "holds"), [
+    ({"size": 2.9}, True), ({"size": 3.1}, False),
+    ({"kind": 0.34}, True), ({"kind": 0.32}, False), ({"kind": 0.0}, False),
+])  # fmt: skip
+def test_slack_lets_a_score_fall_as_its_inverse_may_rise(
+    model: MultiTaskModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: dict[str, float], holds: bool
+) -> None:
+    bench = tiny.bench(model, tmp_path, tiny.Tiny(split_labels=False), size="2 %", kind="2 %")
+    before = {"size": 1.0, "kind": 1.0, "mask": 1.0}
+    monkeypatch.setattr(Oracle, "_scored", lambda self, model: before)
+    prunable = Prunable.of(model)
+    oracle, group = Oracle(model, prunable, bench, 2, slack=100.0), prunable.groups[0]
+    monkeypatch.setattr(Oracle, "_scored", lambda self, model: before | after)
+    assert oracle.holds(group, prunable.keep_all(), 1.0) == holds
+    assert oracle.stopped == ({} if holds else {group.name: next(iter(after))})
+
+
 class Pooled(tiny.TinyNet):
     """With a batch norm that sees one value a channel of each picture."""
 

@@ -53,7 +53,8 @@ class Prune(Settings):
         weights: a factor for each task's importance beside what its budget says; 1 where none is given. For a task of
             which training wins little back.
         batches: calibration batches that importance is measured on, and batch norm where nothing is recovered.
-        slack: budgets are multiplied by this while pruning, since a later `finetune` wins much of the drop back.
+        slack: budgets are multiplied by this while pruning, since a later `finetune` wins much of the drop back; a
+            sequential search, asking before that, counts a score's fall as the rise of its inverse.
         keep_at_least: no group goes below this fraction of the width it came with.
         round_to: widths become multiples of this; 0 means the device's vector width, "measured" the one of it and its
             halves (down to 4) whose networks, cut to the goal, take the device least time for each multiply-add that is
