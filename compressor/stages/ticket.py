@@ -17,7 +17,8 @@ from compressor.components import SHARED, components, left_by_component, names_o
 from compressor.errors import CompressError
 from compressor.graph import tensor_of
 from compressor.masks import Pattern, Scope, Scores, count, keep_most, keep_n_of_m, pools_of
-from compressor.model import MultiTaskModel
+from compressor.model import MultiTaskModel, some
+from compressor.reconstruction import reconstruct
 from compressor.saliency import Also, alive, by_layer, by_tasks, magnitude, prunable
 from compressor.tensors import plain
 from compressor.thresholds import learnt
@@ -55,13 +56,16 @@ class Ticket(Settings):
             itself.
         prune_also: what is pruned beside the weights of convolutions and linear layers: their "bias", the "norm" layers
             (scales and shifts), and every "other" parameter (the module's own, embeddings, recurrent layers).
+        reconstruct: before each training, give the survivors of every layer the values with which it answers most like
+            before the round, by least squares on `calibrate_batches` (`compressor/reconstruction.py`).
         rewind: the state to which survivors, and all that is not pruned, return before each training: "none", they stay
             as the round before left them and only the learning rate starts anew; "trained", the one the stage was
             given; "init", what the workload builds under the recipe's seed; or k > 0: first the dense network is
             trained, and its state after k of those steps is taken.
         train: what happens in each round (and first, for a rewind to a step).
         slack: budgets are multiplied by this while rounds are judged.
-        calibrate_batches: batch norm is re-estimated on so many before a round is judged, where it trains no step.
+        calibrate_batches: batches for reconstruction and for "tasks"; and for batch norm, before a round is judged that
+            trains no step.
 
     Source: Frankle & Carbin, ICLR 2019; rewinding to a step: Frankle et al., ICML 2020; rewinding the learning rate
     alone: Renda et al., ICLR 2020.
@@ -77,6 +81,7 @@ class Ticket(Settings):
     saliency: Saliency = "layers"
     pattern: str = "free"
     prune_also: tuple[Also, ...] = ()
+    reconstruct: bool = False
     rewind: str | int = "none"
     train: Training
     slack: float = Field(ge=1, default=1.0)
@@ -91,6 +96,8 @@ class Ticket(Settings):
                 raise ValueError("'rewind' is 'init', which needs 'train' to have steps")
         elif not 1 <= self.rewind <= self.train.steps:
             raise ValueError(f"'rewind' is {self.rewind}, but 'train' has {self.train.steps} steps")
+        if self.reconstruct and self.rewind != "none":
+            raise ValueError("'reconstruct' fits the weights that stay, which 'rewind' would undo; leave one out")
         return self
 
     @model_validator(mode="after")
@@ -168,6 +175,10 @@ class Ticket(Settings):
             score = self._score(trained, part, sum(left), bench, f"{title}, thresholds", seed)
             masks = course.masks(score, alive(trained, names), left)
             candidate = rewind(trained, trained.module.state_dict() if rewound is None else rewound, masks)
+            if self.reconstruct:
+                whole = reconstruct(candidate, trained, bench.calibration(self.calibrate_batches), bench.device)
+                if whole and not kept:
+                    bench.note(f"not reconstructed: {some(whole)}.")
             if self.train.steps:
                 train(candidate, bench, self.train, title, seed)
             else:
