@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any, Literal, Self
 
@@ -15,6 +17,7 @@ from compressor.averaging import SETTLING_STEPS, Average, Settling
 from compressor.bench import Bench, reestimate_batchnorm, statistics
 from compressor.checkpoint import Checkpoint
 from compressor.errors import CompressError
+from compressor.features import Features
 from compressor.model import MultiTaskModel
 from compressor.watching import Watch
 from compressor.weighting import Rule, Weighting
@@ -36,6 +39,8 @@ class Training(Settings):
         distill: "missing" distils a task from the original only where a batch has no label for it, "always" mixes
             distillation in with `distill_weight` everywhere, "only" looks at no label (for labels that are worse than
             the original's answers), "never" leaves unlabelled tasks alone.
+        features: factor of what layers hand on otherwise than the original's do, at the channels they kept
+            (`compressor/features.py`); 0 compares answers alone. It wins back in half the steps what much pruning cost.
         loss_weights: factor of each task's loss; 1 where none is given.
         weighting: what else a task's loss is weighed by: nothing ("fixed"), a learnt uncertainty, its progress over the
             last windows of a twentieth of the steps, or what its budget has left ("margins", at every check;
@@ -58,6 +63,7 @@ class Training(Settings):
     warmup: float = Field(ge=0, lt=1, default=0.05)
     distill: Literal["missing", "always", "only", "never"] = "missing"
     distill_weight: float = Field(ge=0, default=1.0)
+    features: float = Field(ge=0, default=0.0)
     loss_weights: Mapping[str, float] = {}
     weighting: Rule = "fixed"
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
@@ -135,6 +141,7 @@ def _train(
     held = [(p, model.masks[name].to(p.device)) for name, p in module.named_parameters() if name in model.masks]
     average, settling = Average(module, how.ema), Settling(module, how.steps, how.check_every)
     watch = Watch(model, bench, how.steps, how.check_every, how.stop_at_margin, how.patience)
+    features = Features(model, bench.original) if how.features else None
     saved = _snapshot(model) if snapshot is not None else {}
     others = {f"snapshot.{name}": value for name, value in saved.items()}
     others |= {**weighting.state(), **average.state(), **watch.state()}
@@ -148,11 +155,13 @@ def _train(
             group["lr"] = how.learning_rate * _schedule(step, how)
         module.train()
         try:
-            loss = weighting.total(_losses(model, bench, how, batch.to(bench.device)))
+            loss = weighting.total(_losses(model, bench, how, batch.to(bench.device), features))
         except ValueError as error:
             if "more than 1 value" not in str(error):
                 raise
             raise CompressError(f"{title}: batch norm cannot be trained on so small a batch: {error}") from error
+        if features is not None:
+            loss = loss + how.features * features.gap(_gap)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         loss = loss.detach()
@@ -271,22 +280,26 @@ def _batches(bench: Bench, steps: int, seed: int) -> Iterator[Batch]:
         epoch += 1
 
 
-def _losses(model: MultiTaskModel, bench: Bench, how: Training, batch: Batch) -> dict[str, Tensor]:
+def _losses(
+    model: MultiTaskModel, bench: Bench, how: Training, batch: Batch, features: Features | None
+) -> dict[str, Tensor]:
     """Each task's loss where the batch has one: of its label, of distillation, or of both."""
     halves = how.halves(bench.device) and model.quantization is None
-    with torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=halves):
+    autocast = partial(torch.autocast, bench.device.type, dtype=torch.bfloat16, enabled=halves)
+    watching = features or nullcontext()
+    with watching, autocast():
         raw = model.answers(*batch.inputs)
     answers = {name: answer.float() if answer.is_floating_point() else answer for name, answer in raw.items()}
     losses = dict(bench.workload.losses(answers, batch)) if batch.labels and how.distill != "only" else {}
     teachable = {name for name, answer in answers.items() if answer.requires_grad}
     distilled = set() if how.distill == "never" else teachable if how.distill != "missing" else teachable - set(losses)
-    if distilled:
-        with torch.no_grad(), torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=halves):
+    if distilled or features is not None:
+        with watching, torch.no_grad(), autocast():
             taught = bench.original.answers(*batch.inputs)
         for name in (name for name in answers if name in distilled):
             gap = how.distill_weight * _gap(answers[name], taught[name].float())
             losses[name] = losses[name] + gap if name in losses else gap
-    if not any(loss.requires_grad for loss in losses.values()):
+    if features is None and not any(loss.requires_grad for loss in losses.values()):
         raise CompressError(
             f"A training batch offers nothing to learn: labels for {', '.join(batch.labels) or 'no task'}, "
             f"distill = '{how.distill}'. Label it, or use distill = 'missing'."
