@@ -40,7 +40,7 @@ class Training(Settings):
             distillation in with `distill_weight` everywhere, "only" looks at no label (for labels that are worse than
             the original's answers), "never" leaves unlabelled tasks alone.
         features: factor of what layers hand on otherwise than the original's do, at the channels they kept
-            (`compressor/features.py`); 0 compares answers alone. It wins back in half the steps what much pruning cost.
+            (`compressor/features.py`); 0 compares answers alone. Of most use in short trainings after much pruning.
         loss_weights: factor of each task's loss; 1 where none is given.
         weighting: what else a task's loss is weighed by: nothing ("fixed"), a learnt uncertainty, its progress over the
             last windows of a twentieth of the steps, or what its budget has left ("margins", at every check;
