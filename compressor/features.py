@@ -15,14 +15,15 @@ from compressor.errors import CompressError
 from compressor.model import MultiTaskModel
 from compressor.saliency import NORMS
 
+_TURNED = nn.modules.conv._ConvTransposeNd  # whose weights' first dimension is their inputs
 _LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)  # their channels are the last dimension, others' the second
 
 
 class Features:
     """What layers answer while it is open, in both networks; `gap()` then tells how far they are apart.
 
-    Layers are the norms; the convolutions and linear layers of a network that has none. Those that a network's own
-    forward does not call, or that were cut in another way than by their outputs, are left out.
+    Layers are the norms; the convolutions (transposed ones apart) and linear layers of a network that has none. Those
+    that a network's own forward does not call, or that were cut in another way than by their outputs, are left out.
 
     Raises:
         CompressError: no layer can be compared.
@@ -37,7 +38,7 @@ class Features:
             kinds = (nn.modules.conv._ConvNd, nn.Linear)
         self._pairs: list[tuple[nn.Module, nn.Module, Tensor | None, int]] = []
         for name, layer in model.module.named_modules():
-            if isinstance(layer, kinds) and name in teachers:
+            if isinstance(layer, kinds) and not isinstance(layer, _TURNED) and name in teachers:
                 kept = model.kept.get(f"{name}.weight".lstrip("."), {}).get(0)
                 dim = -1 if isinstance(layer, _LAST) else 1
                 self._pairs.append((layer, teachers[name], None if kept is None else torch.tensor(kept), dim))
