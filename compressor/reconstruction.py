@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from compressor import compute
+from compressor.groups import Prunable
 from compressor.model import MultiTaskModel
 from compressor.tensors import names_of
 from compressor.workload import Batch
@@ -33,7 +34,7 @@ def reconstruct(
     """Give the weights that masks keep, and biases, the values with which each layer answers most like in `before`.
 
     Layers are fitted one by one, in place, each to its own inputs in `before`: what `batches` bring to it, at up to
-    `ROWS` places drawn at random. Weights without a mask stay as they are.
+    `ROWS` places drawn at random. Layers without a mask stay as they are.
 
     Returns:
         Names of the layers that were not fitted: transposed convolutions, weights that several layers share, and what
@@ -52,6 +53,22 @@ def reconstruct(
                 _fit(model, some[name], name, moment_GKK)
                 done.add(name)
     return [name for name in owners.values() if name not in done]
+
+
+def without(
+    model: MultiTaskModel, prunable: Prunable, keep: Tensor, batches: Sequence[Batch], device: torch.device
+) -> MultiTaskModel:
+    """A copy, not cut yet, whose layers answer most like before with the weights that read kept classes alone."""
+    probe, fitted = model.clone(), model.clone()
+    for value in probe.module.parameters():
+        nn.init.ones_(value)
+    prunable.silence(probe.module, keep)
+    for name, value in probe.module.named_parameters():
+        if not value.all():
+            fitted.masks[name] = value.detach().bool() & model.masks.get(name, torch.tensor(True))
+    reconstruct(fitted, model, batches, device)
+    fitted.masks = dict(model.masks)
+    return fitted
 
 
 def _can_be(layer: nn.Module) -> TypeGuard[Layer]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from compressor.model import MultiTaskModel
 from compressor.reconstruction import reconstruct
+from compressor.stages.prune import Prune
 from compressor.stages.ticket import Ticket, rewind
 from compressor.training import Training
 from compressor.workload import Batch, Task
@@ -87,6 +88,18 @@ def test_a_ticket_that_is_reconstructed_loses_less(model: MultiTaskModel, tmp_pa
         after = bench.scores(stage.run(model, bench))
         lost.append({task: abs(after[task] - bench.before[task]) for task in after})
     assert all(lost[1][task] < 0.5 * lost[0][task] for task in ("size", "mask")), lost
+
+
+def test_channels_that_go_are_made_up_for_by_those_that_stay(model: MultiTaskModel, tmp_path: Path) -> None:
+    lost = []
+    for how in (False, True):
+        bench = tiny.bench(model, tmp_path, tiny.Tiny(split_labels=False), size=1e3, kind=1e3, mask=1e3)
+        stage = Prune(kind="prune", macs=0.5, rounds=2, criterion="magnitude", reconstruct=how)
+        after = stage.run(model, bench)
+        scores = bench.scores(after)
+        lost.append(scores["size"] - bench.before["size"])
+        assert after.masks == {}
+    assert lost[1] < 0.7 * lost[0]
 
 
 def test_reconstruction_and_rewinding_exclude_each_other() -> None:

@@ -17,6 +17,7 @@ from compressor.errors import CompressError
 from compressor.groups import Group, Prunable, left_whole
 from compressor.model import MultiTaskModel, some
 from compressor.ranks import highest_rank
+from compressor.reconstruction import without
 from compressor.sequential import Oracle, walk
 from compressor.training import Training, train
 from profiles.settings import Settings, did_you_mean
@@ -52,13 +53,15 @@ class Prune(Settings):
             channel goes when every task ranks it low (Sun et al., "DiSparse", CVPR 2022).
         weights: a factor for each task's importance beside what its budget says; 1 where none is given. For a task of
             which training wins little back.
-        batches: calibration batches that importance is measured on, and batch norm where nothing is recovered.
+        batches: calibration batches for importance and reconstruction, and for batch norm where nothing is recovered.
         slack: budgets are multiplied by this while pruning, since a later `finetune` wins much of the drop back; a
             sequential search, asking before that, counts a score's fall as the rise of its inverse.
         keep_at_least: no group goes below this fraction of the width it came with.
         round_to: widths become multiples of this; 0 means the device's vector width, "measured" the one of it and its
             halves (down to 4) whose networks, cut to the goal, take the device least time for each multiply-add that is
             left; the finest of equally good ones.
+        reconstruct: after each round, before recovery, layers get the weights with which they answer most like before
+            from the channels that are left, by least squares on `batches` (`compressor/reconstruction.py`).
         recover: a short training after each round, before it is judged.
     """
 
@@ -76,6 +79,7 @@ class Prune(Settings):
     slack: float = Field(ge=1, default=1.0)
     keep_at_least: float = Field(ge=0, le=1, default=0.1)
     round_to: Annotated[int, Field(ge=0)] | Literal["measured"] = 0
+    reconstruct: bool = False
     recover: Training | None = None
 
     @model_validator(mode="after")
@@ -138,7 +142,8 @@ class Prune(Settings):
         start = Prunable.of(model)
         full = start.cost(start.keep_all())
         multiple, least = self._multiple(bench), self._least(start)
-        guess = self.model_copy(update={"search": "value" if self.search == "sequential" else self.search})
+        search: Search = "value" if self.search == "sequential" else self.search
+        guess = self.model_copy(update={"search": search, "reconstruct": False})
         low, high, share = (0.0, 0.0), (1.0, speed(model)), latency  # (multiply-adds, latency) that do, that do not
         if high[1] <= latency:
             return self.macs or 1.0
@@ -187,7 +192,7 @@ class Prune(Settings):
         took: dict[int, float] = {}
         multiple = bench.multiple
         while multiple >= min(_FINEST, bench.multiple):
-            tried = self.model_copy(update={"round_to": multiple, "search": search})
+            tried = self.model_copy(update={"round_to": multiple, "search": search, "reconstruct": False})
             cut = tried._shrink(model, bench, goal, multiple, self._least(start))
             took[multiple] = bench.speed(cut.model) / max(cut.costs[0] / full[0], 1e-9)
             multiple //= 2
@@ -274,7 +279,10 @@ class Prune(Settings):
                 bench.progress.line(f"  asked the cut network {oracle.asked} times about {len(groups)} groups")
             else:
                 keep = (cheapest if self.search == "value" else uniform)(*given)
-            cut = _cut(model, prunable, keep)
+            fitted = model
+            if self.reconstruct:
+                fitted = without(model, prunable, keep, bench.calibration(self.batches), bench.device)
+            cut = _cut(fitted, prunable, keep)
             if cut is not None:
                 names = tuple(task.name for task in model.tasks)
                 return _Shrunk(cut, prunable.cost(keep), keep, tuple(groups), names, score_TC, stopped, multiple)
