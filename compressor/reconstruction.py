@@ -37,14 +37,18 @@ def reconstruct(
     `ROWS` places drawn at random. Layers without a mask stay as they are.
 
     Returns:
-        Names of the layers that were not fitted: transposed convolutions, weights that several layers share, and what
-        the network's own forward does not call.
+        Names of the modules with a mask that were not fitted: transposed convolutions, norms, parametrised weights,
+        those that several layers share, and what the network's own forward does not call.
     """
     before, copies = before.clone(), names_of(model.module)
     shared = {name for names in copies if len(names) > 1 for name in names}
-    owners = {name: name.rpartition(".")[0] for name in model.masks if name.rpartition(".")[2] == "weight"}
-    known = {owners[name]: before.module.get_submodule(owners[name]) for name in owners if name not in shared}
-    fits = {name: layer for name, layer in known.items() if _can_be(layer)}
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in model.masks)
+    fits: dict[str, Layer] = {}
+    for name in owners:
+        layer = before.module.get_submodule(name)
+        own = {f"{name}.{key}".lstrip(".") for key, _ in layer.named_parameters(recurse=False)}
+        if _can_be(layer) and f"{name}.weight".lstrip(".") in own and not own & shared:
+            fits[name] = layer
     done = set()
     with compute.at(device, before.module), torch.no_grad():
         before.module.eval()
@@ -52,7 +56,7 @@ def reconstruct(
             for name, moment_GKK in _moments(before.module, some, batches, device).items():
                 _fit(model, some[name], name, moment_GKK)
                 done.add(name)
-    return [name for name in owners.values() if name not in done]
+    return [name for name in owners if name not in done]
 
 
 def without(

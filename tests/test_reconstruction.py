@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from compressor.model import MultiTaskModel
 from compressor.reconstruction import reconstruct
@@ -26,7 +27,7 @@ LAYERS = {
 
 def halved(model: MultiTaskModel) -> MultiTaskModel:
     chance = torch.Generator().manual_seed(1)
-    names = [name for name, value in model.module.named_parameters() if name.endswith("weight") and value.dim() > 1]
+    names = [name for name, value in model.module.named_parameters() if value.dim() > 1]
     shapes = {name: model.module.get_parameter(name).shape for name in names}
     masks = {name: torch.rand(shape, generator=chance) < 0.5 for name, shape in shapes.items()}
     return rewind(model, model.module.state_dict(), masks)
@@ -57,16 +58,18 @@ def test_a_layer_answers_as_near_as_its_weights_allow(kind: str) -> None:
 
 
 class Odd(nn.Module):
-    """A transposed convolution, two linear layers with one weight, and one that only its weight is read of."""
+    """Layers that share a weight or a bias, one of which only the weight is read, and others that are out of reach."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.one, self.two, self.silent = nn.ConvTranspose1d(4, 4, 2), *(nn.Linear(4, 4) for _ in range(3))
-        self.two.weight = self.one.weight
-        self.seen = nn.Linear(4, 4)
+        self.up, self.turned = nn.ConvTranspose1d(4, 4, 2), weight_norm(nn.Linear(4, 4))
+        self.one, self.two, self.three, self.four, self.silent, self.seen = (nn.Linear(4, 4) for _ in range(6))
+        self.two.weight, self.four.bias = self.one.weight, self.three.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.seen(self.two(self.one(self.up(x).mT)) @ self.silent.weight)
+        shared = self.four(self.three(self.two(self.one(self.turned(self.up(x).mT)))))
+        answer: Tensor = self.seen(shared @ self.silent.weight)
+        return answer
 
 
 def test_what_cannot_be_fitted_is_named_and_left() -> None:
@@ -75,7 +78,9 @@ def test_what_cannot_be_fitted_is_named_and_left() -> None:
     model = MultiTaskModel(Odd(), (Task("y"),), (inputs,))
     pruned = halved(model)
     fitted = pruned.clone()
-    assert reconstruct(fitted, model, [Batch((inputs,), {})]) == ["up", "one", "silent"]
+    assert reconstruct(fitted, model, [Batch((inputs,), {})]) == [
+        "up", "turned.parametrizations.weight", "one", "three", "four", "silent",
+    ]
     changed = {n for n, p in fitted.module.named_parameters() if not p.equal(pruned.module.get_parameter(n))}
     assert changed == {"seen.weight", "seen.bias"}
 
