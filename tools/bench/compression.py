@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cases import LONGER, OURS, PUBLISHED, SEQUENTIAL, STUDIES, Study
+from pydantic import ValidationError
 from rows import Row, finish, options
 
 from compressor import compute, pipeline, recipe
@@ -30,6 +31,7 @@ from compressor.budgets import Budget, drop
 from compressor.macs import count_macs
 from compressor.pathway import extract
 from compressor.progress import Reporter
+from compressor.stages import STAGES
 from compressor.stages.prune import Prune
 from compressor.trace import trace
 
@@ -46,9 +48,9 @@ def run(name: str, case: str, seed: int, share: float, folder: Path) -> Found:
     study = STUDIES[name]
     sets = [*study.sets, f"seed={seed}"]
     loaded, base = recipe.load(RECIPES / f"{study.recipe}.toml", [*sets, *_shorter(study, sets, share)])
-    about = json.loads(loaded.model_dump_json(include={"workload", "stages", "budgets", "seed", "compute_threads"}))
+    about = _about(loaded)
     file = folder / f"{name}-{case.replace(' ', '-').replace(',', '')}-{seed}.json"
-    if file.exists() and (known := json.loads(file.read_text()))["about"] == about:
+    if file.exists() and _same((known := json.loads(file.read_text()))["about"], loaded):
         return dict(known)
     job = pipeline.prepare(loaded, base, Reporter(), builds=False)
     bench, original = job.bench, job.model
@@ -91,6 +93,22 @@ def _shorter(study: Study, sets: list[str], share: float) -> list[str]:
             if share < 1 and found:
                 told.append(f"stages.{index}.{key}={max(2, round(share * found))}")
     return told
+
+
+def _about(loaded: recipe.Recipe) -> Found:
+    """The settings that a case's result depends on."""
+    found = loaded.model_dump_json(include={"workload", "stages", "budgets", "seed", "compute_threads"})
+    return dict(json.loads(found))
+
+
+def _same(about: Found, loaded: recipe.Recipe) -> bool:
+    """Whether a run that was kept had these settings; one that was not there yet had its default."""
+    try:
+        stages = [STAGES[table["kind"]].model_validate(table) for table in about["stages"]]
+        then = recipe.Recipe.model_validate(loaded.model_dump(mode="json") | about | {"stages": stages})
+    except (KeyError, ValidationError):  # one that is gone
+        return False
+    return _about(then) == _about(loaded)
 
 
 def _commit() -> str:
