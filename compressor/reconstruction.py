@@ -22,7 +22,8 @@ from compressor.workload import Batch
 ROWS = 12_000
 """Of inputs that a layer is fitted to."""
 _RIDGE = 0.01  # of the inputs' mean square: how much weights are held to what they were
-_MOST_NUMBERS = 2**27  # of second moments at a time
+_MOST_NUMBERS = 2**27  # of second moments at a time: a gigabyte
+_MOST_WORK = 2**36  # multiply-adds that a layer's fit may take at each turn
 _TURNS, _ENOUGH = 200, 1e-10
 
 Layer = nn.Linear | nn.modules.conv._ConvNd
@@ -38,7 +39,8 @@ def reconstruct(
 
     Returns:
         Names of the modules with a mask that were not fitted: transposed convolutions, norms, parametrised weights,
-        those that several layers share, and what the network's own forward does not call.
+        those that several layers share, layers of so many inputs that it would take many minutes (a linear one
+        of 9,216 to 4,096), and what the network's own forward does not call.
     """
     before, copies = before.clone(), names_of(model.module)
     shared = {name for names in copies if len(names) > 1 for name in names}
@@ -47,7 +49,7 @@ def reconstruct(
     for name in owners:
         layer = before.module.get_submodule(name)
         own = {f"{name}.{key}".lstrip(".") for key, _ in layer.named_parameters(recurse=False)}
-        if _can_be(layer) and f"{name}.weight".lstrip(".") in own and not own & shared:
+        if _can_be(layer) and _affordable(layer) and f"{name}.weight".lstrip(".") in own and not own & shared:
             fits[name] = layer
     done = set()
     with compute.at(device, before.module), torch.no_grad():
@@ -77,6 +79,11 @@ def without(
 
 def _can_be(layer: nn.Module) -> TypeGuard[Layer]:
     return isinstance(layer, Layer) and not isinstance(layer, nn.modules.conv._ConvTransposeNd)
+
+
+def _affordable(layer: Layer) -> bool:
+    groups, inputs = _inputs(layer)
+    return groups * inputs**2 <= _MOST_NUMBERS and len(layer.weight) * inputs**2 <= _MOST_WORK
 
 
 def _inputs(layer: Layer) -> tuple[int, int]:
@@ -179,7 +186,8 @@ def _least_squares(was_GOK: Tensor, mask_GOK: Tensor, moment_GKK: Tensor) -> Ten
     """
     diagonal_GK = moment_GKK.diagonal(dim1=-2, dim2=-1)
     ridge = _RIDGE * diagonal_GK.mean() + torch.finfo(torch.float64).tiny
-    moment_GKK = moment_GKK + ridge * torch.eye(moment_GKK.shape[-1], dtype=torch.float64, device=moment_GKK.device)
+    moment_GKK = moment_GKK.clone()
+    moment_GKK.diagonal(dim1=-2, dim2=-1).add_(ridge)
     scale_GOK = mask_GOK / moment_GKK.diagonal(dim1=-2, dim2=-1)[:, None]
     now = was_GOK * mask_GOK
     left = (was_GOK - now) @ moment_GKK
