@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 
 import controls
 
+from compressor.budgets import drop
 from compressor.model import MultiTaskModel
 from compressor.pipeline import Job
 from compressor.stages.finetune import Finetune
@@ -15,6 +17,7 @@ from compressor.training import Training, train
 
 OURS, LONGER = "ours", "original, trained on"
 SEQUENTIAL, PUBLISHED = "sequential", "PAGCP, as published"
+MAGNITUDES, LEAST_WIDTHS = ("magnitude", "magnitude-l1", "magnitude-group"), (0.1, 0.25, 0.4)
 
 Case = Callable[[Job], Mapping[tuple[str, ...], MultiTaskModel]]
 """Networks by the tasks that each answers: mostly one for all tasks."""
@@ -58,6 +61,21 @@ def published(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
     return _all(job, tune.run(found, job.bench))
 
 
+def tuned_magnitude(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
+    """Magnitude at its best: of every magnitude criterion and least width, what loses least after the rounds."""
+    prune, bench = _prune(job), job.bench
+    worst = dict[tuple[str, float], float]()
+    pruned = dict[tuple[str, float], MultiTaskModel]()
+    for found in product(MAGNITUDES, LEAST_WIDTHS):
+        settings = {"criterion": found[0], "keep_at_least": found[1], "weights": {}}
+        pruned[found] = prune.model_copy(update=settings).run(job.model, bench)
+        scores, before = bench.scores(pruned[found]), bench.before
+        worst[found] = max(drop(t, before[t.name], scores[t.name]) / abs(before[t.name]) for t in job.model.tasks)
+    best = min(worst, key=lambda found: worst[found])
+    bench.note(f"criterion {best[0]}, no group below {best[1]:.0%}: worst task {worst[best]:+.1%} before fine-tuning.")
+    return _all(job, _tune(job).run(pruned[best], bench))
+
+
 def scratch(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
     """The shape that `prune` finds without recovery, with fresh weights, trained for all the steps ours is given."""
     return _all(job, controls.from_scratch(_shape(job), job.bench, _whole_training(job)))
@@ -90,6 +108,7 @@ CHANNELS: Mapping[str, Case] = {
     OURS: stages,
     "uniform width": partial(stages, search="uniform", criterion="magnitude", weights={}),
     "magnitude": partial(stages, criterion="magnitude", weights={}),  # which heeds no task
+    "magnitude, tuned": tuned_magnitude,
     PUBLISHED: published,
     SEQUENTIAL: partial(stages, search="sequential", slack=60.0),
     "from scratch": scratch,
