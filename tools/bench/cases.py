@@ -142,7 +142,7 @@ STUDIES: Mapping[str, Study] = {
         "scenes-ticket", TICKETS, dict.fromkeys(_SCENES, "0"), title="Scenes: a ticket of 10 % of the weights"
     ),
     "scenes-ticket-5": Study(
-        "scenes-ticket", TICKETS, _SCENES, sets=_FIVE, title="Scenes: a ticket of 5 % of the weights"
+        "scenes-ticket-5", BY_LAYERS, _SCENES, title="Scenes: a ticket of 5 % of the weights"
     ),
     "scenes-both": Study(
         "scenes-both", {OURS: stages}, dict.fromkeys(_SCENES, "3 %"), effective=0.12,
