@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any, Literal, Self
@@ -113,12 +113,12 @@ def train(
     how.check(model, bench)
     about = how.model_dump(), seed, snapshot, bench.device.type, compute.count()
     checkpoint = Checkpoint(bench.checkpoints, model, how.checkpoint_every, title, *about)
-    with compute.at(bench.device, model.module, bench.original.module):
-        if _takes_channels_last(model, bench, seed):
-            _lay_out(model.module, torch.channels_last)
-        saved = _train(model, bench, how, title, seed, snapshot, checkpoint)
+    both = model.module, bench.original.module
+    with compute.at(bench.device, *both):
+        last = _takes_channels_last(model, bench, seed)
+        with _laid_out(torch.channels_last if last else torch.contiguous_format, *both):
+            saved = _train(model, bench, how, title, seed, snapshot, checkpoint)
         model.module.eval()
-        _lay_out(model.module, torch.contiguous_format)
     return saved
 
 
@@ -208,6 +208,18 @@ def _finish(model: MultiTaskModel, average: Average, bench: Bench) -> None:
     if average.write(model.module) and model.quantization is None:
         batches = list(islice(bench.workload.batches("train", bench.seed), SETTLING_STEPS))
         reestimate_batchnorm(model.module, batches, bench.device)
+
+
+@contextmanager
+def _laid_out(memory_format: torch.memory_format, *modules: nn.Module) -> Iterator[None]:
+    """Modules laid out so, and contiguous afterwards; a teacher as its pupil, since what they answer is compared."""
+    for module in modules:
+        _lay_out(module, memory_format)
+    try:
+        yield
+    finally:
+        for module in modules:
+            _lay_out(module, torch.contiguous_format)
 
 
 def _lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:

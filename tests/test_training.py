@@ -608,18 +608,17 @@ def test_a_gpu_learns_the_same_and_leaves_everything_on_the_cpu(
 class Bypass(nn.Module):
     """A strided convolution of single pixels, of so many channels, beside a wider one."""
 
-    layouts: list[bool]
+    layouts: dict[bool, list[bool]]
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.stem, self.bypass = nn.Conv2d(3, channels, 3, padding=1), nn.Conv2d(channels, 24, 1, 2)
         self.main = nn.Conv2d(channels, 24, 3, 2, 1)
-        self.layouts = []
+        self.layouts = {True: [], False: []}  # whether channels came last, in training or not
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.stem(x))
-        if self.training:
-            self.layouts.append(x.is_contiguous(memory_format=torch.channels_last))
+        self.layouts[self.training].append(x.is_contiguous(memory_format=torch.channels_last))
         return (self.main(x) + self.bypass(x)).mean((2, 3))
 
 
@@ -628,6 +627,9 @@ def test_channels_are_last_but_where_a_gradient_would_be_written_past_its_end(
     channels: int, last: bool, tmp_path: Path
 ) -> None:
     example = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    model, bench = plain.setup(partial(Bypass, channels), (example,), tmp_path)
-    train(model, bench, Training(steps=3), "t", 0)
-    assert model.module.layouts == [last] * 3
+    original, bench = plain.setup(partial(Bypass, channels), (example,), tmp_path)
+    original.module.layouts[False].clear()
+    model = original.clone()
+    train(model, bench, Training(steps=3, distill="always"), "t", 0)
+    assert model.module.layouts[True] == original.module.layouts[False] == [last] * 3
+    assert all(value.is_contiguous() for value in original.module.parameters())
