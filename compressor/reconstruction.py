@@ -63,8 +63,10 @@ def reconstruct(
 
 def without(
     model: MultiTaskModel, prunable: Prunable, keep: Tensor, batches: Sequence[Batch], device: torch.device
-) -> MultiTaskModel:
-    """A copy, not cut yet, whose layers answer most like before with the weights that read kept classes alone."""
+) -> tuple[MultiTaskModel, list[str]]:
+    """A copy, not cut yet, whose layers answer most like before with the weights that read kept classes alone; and the
+    names of the modules that read fewer classes and were not fitted.
+    """
     probe, fitted = model.clone(), model.clone()
     for value in probe.module.parameters():
         nn.init.ones_(value)
@@ -72,9 +74,9 @@ def without(
     for name, value in probe.module.named_parameters():
         if not value.all():
             fitted.masks[name] = value.detach().bool() & model.masks.get(name, torch.tensor(True))
-    reconstruct(fitted, model, batches, device)
+    whole = reconstruct(fitted, model, batches, device)
     fitted.masks = dict(model.masks)
-    return fitted
+    return fitted, whole
 
 
 def _can_be(layer: nn.Module) -> TypeGuard[Layer]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import plain
 import pytest
 import tiny
 import torch
@@ -115,7 +116,18 @@ def test_channels_that_go_are_made_up_for_by_those_that_stay(model: MultiTaskMod
         scores = bench.scores(after)
         lost.append(scores["size"] - bench.before["size"])
         assert after.masks == {}
+        assert not bench.notes
     assert lost[1] < 0.7 * lost[0]
+
+
+def test_prune_says_once_what_it_could_not_reconstruct(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.ConvTranspose2d(16, 16, 3), nn.Conv2d(16, 1, 1))
+
+    model, bench = plain.setup(make, (torch.randn(1, 3, 8, 8),), tmp_path)
+    stage = Prune(kind="prune", macs=0.4, rounds=2, round_to=1, slack=1e9, criterion="magnitude", reconstruct=True)
+    stage.run(model, bench)
+    assert bench.notes == ["not reconstructed: 2."]
 
 
 def test_reconstruction_and_rewinding_exclude_each_other() -> None:

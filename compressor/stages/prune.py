@@ -281,7 +281,9 @@ class Prune(Settings):
                 keep = (cheapest if self.search == "value" else uniform)(*given)
             fitted = model
             if self.reconstruct:
-                fitted = without(model, prunable, keep, bench.calibration(self.batches), bench.device)
+                fitted, whole = without(model, prunable, keep, bench.calibration(self.batches), bench.device)
+                if whole and (told := f"not reconstructed: {some(whole)}.") not in bench.notes:
+                    bench.note(told)
             cut = _cut(fitted, prunable, keep)
             if cut is not None:
                 names = tuple(task.name for task in model.tasks)

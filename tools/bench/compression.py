@@ -54,7 +54,7 @@ def run(name: str, case: str, seed: int, share: float, folder: Path) -> Found:
         return dict(known)
     job = pipeline.prepare(loaded, base, Reporter(), builds=False)
     bench, original = job.bench, job.model
-    begun, unfinished = time.monotonic(), ROOT / "runs" / file.stem
+    begun, commit, unfinished = time.monotonic(), _commit(), ROOT / "runs" / file.stem
     with tempfile.TemporaryDirectory() as scratch, compute.threads(loaded.compute_threads):
         bench.before, bench.directory, bench.checkpoints = bench.scores(original), Path(scratch), unfinished
         networks = study.cases[case](job)
@@ -69,7 +69,7 @@ def run(name: str, case: str, seed: int, share: float, folder: Path) -> Found:
         nonzero += sum(int((value != 0).sum()) for value in trained)
     found = {
         "study": name, "case": case, "seed": seed, "about": about, "seconds": time.monotonic() - begun,
-        "commit": _commit(), "notes": bench.notes, "asked": bench.asked, "before": dict(bench.before), "scores": scores,
+        "commit": commit, "notes": bench.notes, "asked": bench.asked, "before": dict(bench.before), "scores": scores,
         "drops": {t.name: drop(t, bench.before[t.name], scores[t.name]) for t in original.tasks},
         "macs": macs / dense, "effective": effective / dense, "parameters": left / parameters,
         "nonzero": nonzero / parameters,
