@@ -55,7 +55,7 @@ def _elementwise(run: "Analysis", node: fx.Node) -> Tensor | None:
 
 
 def _meet(run: "Analysis", activations: list[fx.Node], shape: tuple[int, ...]) -> None:
-    """Merge what meets; what is broadcast over channels stays whole, and so does what meets it channel by channel."""
+    """Merge what meets; what is broadcast over channels stays whole, and what meets it stays whole in its dimensions."""
     grown = {a: (1,) * (len(shape) - len(shape_of(a))) + shape_of(a) for a in activations}
 
     def ids(a: fx.Node) -> Tensor:
@@ -70,7 +70,8 @@ def _meet(run: "Analysis", activations: list[fx.Node], shape: tuple[int, ...]) -
     free = [a for a in grown if a not in gates]
     for a in free:
         run.classes.merge(ids(free[0]), ids(a))
-        if any(varies(ids(a), d) for gate in gates for d in dims(gate, broadcast=False)):
+        met = {d for gate in gates for d in dims(gate, broadcast=False)}
+        if not _together(run, ids(a), met):
             run.classes.fix(ids(a))
 
 

@@ -1,8 +1,9 @@
 """Channels through products: of two activations (attention), and of an activation with a weight that is no layer's.
 
 Of the dimensions of a product of activations one can shrink. Where the factors differ in a dimension both share
-without summing (attention's heads), each index goes whole: its queries, keys and values together. Otherwise the
-dimension summed over ties the two factors' channels, or one factor's other dimension passes its channels on.
+without summing (attention's heads), each index goes whole: its queries, keys and values together. Otherwise one
+factor's other dimension passes its channels on (experts summed by weight), or, where both factors' or neither's would,
+the dimension summed over ties the two factors' channels.
 """
 
 from math import prod
@@ -111,9 +112,9 @@ def _product(run: "Analysis", node: fx.Node, left: Tensor, right: Tensor, macs: 
         return spread(each, shape, batch[0])
     rows, columns = varies(left, -2), varies(right, -1)
     summed = varies(left, -1) or varies(right, -2)
-    if batch or rows + columns + summed == 0 or (summed and (rows or columns)):
+    if batch or not (rows or columns or summed):
         return None
-    if summed:
+    if summed and rows == columns:
         run.multiply(node, _met(run, (left, left.dim() - 1), (right, right.dim() - 2)), macs, summed=True)
         return whole(shape)
     passed, other, dim = (right, left, len(shape) - 1) if columns else (left, right, len(shape) - 2)

@@ -242,6 +242,25 @@ def _one_head_chunked(m: Lambda, x: Tensor) -> Tensor:
     return m.head(x + m.o((q @ k.mT / 3).softmax(-1) @ v))
 
 
+def _experts(mix: Callable[[list[Tensor], Tensor], Tensor]) -> Callable[[], Made]:
+    """Two experts, weighed by a gate."""
+
+    def run(m: Lambda, x: Tensor) -> Tensor:
+        each = [m.a2(m.a(x).relu()), m.b2(m.b(x).relu())]
+        return m.head(mix(each, m.gate(x).softmax(-1)).relu())
+
+    layers = {
+        "a": nn.Linear(5, 6), "a2": nn.Linear(6, 4), "b": nn.Linear(5, 7), "b2": nn.Linear(7, 4),
+        "gate": nn.Linear(5, 2), "head": nn.Linear(4, 2),
+    }  # fmt: skip
+    return lambda: (Lambda(run, **layers), (torch.randn(3, 5),))
+
+
+def _interactions(m: Lambda, x: Tensor) -> Tensor:
+    each = torch.stack([m.a(x), m.b(x), m.c(x)], 1)
+    return m.head((each @ each.mT).flatten(1))
+
+
 def _two_uses(m: Lambda, x: Tensor) -> Tensor:
     x = F.conv2d(m.a(x), m.w, padding=1).relu()
     return m.b(F.conv2d(x, m.w, padding=1))
@@ -325,6 +344,13 @@ CONSTRUCTS: Mapping[str, Callable[[], Made]] = {
         lambda m, x: m.head(m.mix(m.stem(x))), mix=nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
     ),
     "recurrent": lambda: _tokens(lambda m, x: m.head(m.mix(m.stem(x))[0]), mix=nn.GRU(8, 8, batch_first=True)),
+    "experts, each weighed": _experts(lambda each, gate: (torch.stack(each, 1) * gate[..., None]).sum(1)),
+    "experts, batched": _experts(lambda each, gate: (torch.stack(each, 2) @ gate[..., None]).squeeze(2)),
+    "experts by einsum": _experts(lambda each, gate: torch.einsum("enc,ne->nc", torch.stack(each), gate)),
+    "interactions": lambda: (
+        Lambda(_interactions, a=nn.Linear(5, 4), b=nn.Linear(5, 4), c=nn.Linear(5, 4), head=nn.Linear(9, 2)),
+        (torch.randn(3, 5),),
+    ),
     "gram matrix": lambda: _picture(
         lambda m, x: m.b((lambda y: y @ y.mT)(m.a(x).flatten(2)).flatten(1)), a=conv(3, 5), b=nn.Linear(25, 2)
     ),

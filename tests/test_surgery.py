@@ -36,6 +36,11 @@ FOUND: dict[str, tuple[dict[str, int], dict[str, list[str]]]] = {
     "group norm": ({"stem": 4, "up": 6}, {}),
     "one group's norm": ({}, {"group_norm": ["0"]}),
     "channel shuffle": ({"0": 4}, {}),
+    **dict.fromkeys(
+        ["experts, each weighed", "experts, batched", "experts by einsum"],
+        ({"a": 6, "a2": 4, "b": 7}, {"softmax": ["gate"]}),
+    ),
+    "interactions": ({"a": 4}, {}),
     "pixel shuffle": ({"0": 4}, {}),
     "glu": ({"0": 4}, {}),
     "gated by chunk": ({"a": 4}, {}),
