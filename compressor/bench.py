@@ -135,8 +135,10 @@ class Bench:
         self.note(text)
 
     def note(self, text: str) -> None:
-        self.notes.append(text)
-        self.progress.line(f"  {text}")
+        """Leave a sentence for the report, once, however often it is said."""
+        if text not in self.notes:
+            self.notes.append(text)
+            self.progress.line(f"  {text}")
 
 
 def _alone(metric: Metric) -> Metric:

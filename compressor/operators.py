@@ -55,7 +55,8 @@ def _elementwise(run: "Analysis", node: fx.Node) -> Tensor | None:
 
 
 def _meet(run: "Analysis", activations: list[fx.Node], shape: tuple[int, ...]) -> None:
-    """Merge what meets; what is broadcast over channels stays whole, and what meets it stays whole in its dimensions."""
+    """Merge what meets; what is broadcast over channels stays whole, and what meets it does in their common dimensions.
+    """
     grown = {a: (1,) * (len(shape) - len(shape_of(a))) + shape_of(a) for a in activations}
 
     def ids(a: fx.Node) -> Tensor:

@@ -282,8 +282,8 @@ class Prune(Settings):
             fitted = model
             if self.reconstruct:
                 fitted, whole = without(model, prunable, keep, bench.calibration(self.batches), bench.device)
-                if whole and (told := f"not reconstructed: {some(whole)}.") not in bench.notes:
-                    bench.note(told)
+                if whole:
+                    bench.note(f"not reconstructed: {some(whole)}.")
             cut = _cut(fitted, prunable, keep)
             if cut is not None:
                 names = tuple(task.name for task in model.tasks)

@@ -177,7 +177,7 @@ class Ticket(Settings):
             candidate = rewind(trained, trained.module.state_dict() if rewound is None else rewound, masks)
             if self.reconstruct:
                 whole = reconstruct(candidate, trained, bench.calibration(self.calibrate_batches), bench.device)
-                if whole and not kept:
+                if whole:
                     bench.note(f"not reconstructed: {some(whole)}.")
             if self.train.steps:
                 train(candidate, bench, self.train, title, seed)
