@@ -286,6 +286,11 @@ def _expanded_as(run: "Analysis", node: fx.Node) -> Tensor | None:
     return run.ids(node.args[0]).expand(shape_of(node)) if run.constant(node.args[0]) is None else None
 
 
+def _made_beside(run: "Analysis", node: fx.Node) -> Tensor:
+    """Numbers that are made where a value is, of its kind, without a look at it."""
+    return whole(shape_of(node))
+
+
 def _item(run: "Analysis", node: fx.Node) -> Tensor | None:
     parts, number = run.ids(node.args[0]), node.args[1]
     return parts[number] if isinstance(parts, list) and parts and isinstance(number, int) else None
@@ -337,6 +342,7 @@ RULES: Mapping[str, Rule] = {
         "squeeze unsqueeze slice select narrow unbind split split_with_sizes tensor_split chunk cat concat stack "
         "expand repeat tile repeat_interleave roll flip rot90 pixel_shuffle pixel_unshuffle channel_shuffle",
     ),
+    **_table(_made_beside, "new_zeros new_ones new_full new_empty"),
     "expand_as": _expanded_as,
     "getitem": _item,
 }

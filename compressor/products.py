@@ -26,7 +26,10 @@ def matmul(run: "Analysis", node: fx.Node) -> Tensor | None:
         return None
     name, shape = run.constant(right), shape_of(node)
     if name is not None:
-        return _weighted(run, node, run.ids(left), name, 0) if run.tensor(name).dim() == 2 else None
+        ids, dims = run.ids(left), run.tensor(name).dim()
+        if dims < 2 or _varies_in(run, ids, range(ids.dim() - dims, ids.dim() - 2)):
+            return None
+        return spread(_weighted(run, node, ids, name, dims - 2, dims - 1), shape, len(shape) - 1)
     first, second = run.ids(left), run.ids(right)
     if min(first.dim(), second.dim()) < 2:
         return None
@@ -54,17 +57,16 @@ def einsum(run: "Analysis", node: fx.Node) -> Tensor | None:
     if run.constant(operands[0]) is not None or not {*rows, *columns} <= set(written):
         return None
     left = _arranged(run.ids(operands[0]), first, shared, rows, summed)
-    if name is not None:
-        if shared or len(summed) != 1 or len(columns) != 1:
-            return None
-        made: Tensor | None = _weighted(run, node, left, name, second.index(summed[0]))
-    else:
-        made = _product(run, node, left, _arranged(run.ids(operands[1]), second, shared, summed, columns))
-    if made is None:
-        return None
     order, sizes = [*shared, *rows, *columns], dict(zip(written, shape_of(node), strict=True))
-    made = made.reshape([sizes[label] for label in order])
-    return made.permute([order.index(label) for label in written])
+    full = tuple(sizes[label] for label in order)
+    if name is not None:
+        if len(summed) != 1 or not columns or _varies_in(run, left, range(len(shared))):
+            return None
+        last = max(columns, key=written.index)
+        made = _weighted(run, node, left, name, second.index(summed[0]), second.index(last))
+        return spread(made, full, order.index(last)).permute([order.index(label) for label in written])
+    product = _product(run, node, left, _arranged(run.ids(operands[1]), second, shared, summed, columns))
+    return None if product is None else product.reshape(full).permute([order.index(label) for label in written])
 
 
 def attention(run: "Analysis", node: fx.Node) -> Tensor | None:
@@ -131,12 +133,17 @@ def _met(run: "Analysis", *sides: tuple[Tensor, int]) -> Tensor:
     return run.classes.root(first)
 
 
-def _weighted(run: "Analysis", node: fx.Node, left: Tensor, name: str, reads: int) -> Tensor:
-    """A product with a matrix that reads channels in one dimension and writes them in the other."""
-    along, writes = run.classes.tie(left, left.dim() - 1), run.axis(name, 1 - reads)
-    run.bind(name, {reads: along, 1 - reads: writes})
-    run.contract(node, name, 1 - reads, reads)
-    return spread(writes, (*left.shape[:-1], len(writes)), left.dim() - 1)
+def _weighted(run: "Analysis", node: fx.Node, left: Tensor, name: str, reads: int, writes: int) -> Tensor:
+    """Ids of the channels that a product writes with a matrix, or with one for each index of other dimensions."""
+    along, made = run.classes.tie(left, left.dim() - 1), run.axis(name, writes)
+    run.bind(name, {reads: along, writes: made})
+    run.contract(node, name, writes, reads)
+    return made
+
+
+def _varies_in(run: "Analysis", ids: Tensor, dims: range) -> bool:
+    """Whether channels lie in one of these dimensions, those before the first not counted."""
+    return any(varies(run.classes.root(ids), d) for d in dims if d >= 0)
 
 
 def _arranged(ids: Tensor, labels: str, *parts: list[str]) -> Tensor:

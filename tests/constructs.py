@@ -256,6 +256,19 @@ def _experts(mix: Callable[[list[Tensor], Tensor], Tensor]) -> Callable[[], Made
     return lambda: (Lambda(run, **layers), (torch.randn(3, 5),))
 
 
+def _tensors_of_experts(mix: Callable[[Lambda, Tensor], Tensor]) -> Callable[[], Made]:
+    """Four experts of two layers each, whose weights are two parameters; `mix` answers (sample, expert, channel)."""
+
+    def run(m: Lambda, x: Tensor) -> Tensor:
+        x = m.stem(x).relu()
+        best, chosen = m.gate(x).softmax(-1).topk(2, -1)
+        gate = x.new_zeros(3, 4).scatter(-1, chosen, best)
+        return m.head(x + (mix(m, x) * gate[..., None]).sum(1))
+
+    layers = {"stem": nn.Linear(5, 6), "gate": nn.Linear(6, 4), "head": nn.Linear(6, 2)}
+    return lambda: (Lambda(run, **layers, up=parameter(4, 6, 8), down=parameter(4, 8, 6)), (torch.randn(3, 5),))
+
+
 def _interactions(m: Lambda, x: Tensor) -> Tensor:
     each = torch.stack([m.a(x), m.b(x), m.c(x)], 1)
     return m.head((each @ each.mT).flatten(1))
@@ -347,6 +360,12 @@ CONSTRUCTS: Mapping[str, Callable[[], Made]] = {
     "experts, each weighed": _experts(lambda each, gate: (torch.stack(each, 1) * gate[..., None]).sum(1)),
     "experts, batched": _experts(lambda each, gate: (torch.stack(each, 2) @ gate[..., None]).squeeze(2)),
     "experts by einsum": _experts(lambda each, gate: torch.einsum("enc,ne->nc", torch.stack(each), gate)),
+    "experts in one tensor, by einsum": _tensors_of_experts(
+        lambda m, x: torch.einsum("beh,ehd->bed", torch.einsum("bd,edh->beh", x, m.up).relu(), m.down)
+    ),
+    "experts in one tensor, by matmul": _tensors_of_experts(
+        lambda m, x: ((x @ m.up).relu() @ m.down).transpose(0, 1)
+    ),
     "interactions": lambda: (
         Lambda(_interactions, a=nn.Linear(5, 4), b=nn.Linear(5, 4), c=nn.Linear(5, 4), head=nn.Linear(9, 2)),
         (torch.randn(3, 5),),

@@ -40,6 +40,10 @@ FOUND: dict[str, tuple[dict[str, int], dict[str, list[str]]]] = {
         ["experts, each weighed", "experts, batched", "experts by einsum"],
         ({"a": 6, "a2": 4, "b": 7}, {"softmax": ["gate"]}),
     ),
+    **dict.fromkeys(
+        ["experts in one tensor, by einsum", "experts in one tensor, by matmul"],
+        ({"stem": 6, "up": 8}, {"softmax": ["gate"]}),
+    ),
     "interactions": ({"a": 4}, {}),
     "pixel shuffle": ({"0": 4}, {}),
     "glu": ({"0": 4}, {}),
