@@ -62,13 +62,16 @@ def published(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
 
 
 def tuned_magnitude(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
-    """Magnitude at its best: of every magnitude criterion and least width, what loses least after the rounds."""
+    """Magnitude at its best: of every criterion of it and least width, what reaches the goal and then loses least."""
     prune, bench = _prune(job), job.bench
     worst = dict[tuple[str, float], float]()
     pruned = dict[tuple[str, float], MultiTaskModel]()
     for found in product(MAGNITUDES, LEAST_WIDTHS):
         settings = {"criterion": found[0], "keep_at_least": found[1], "weights": {}}
+        bench.short = False
         pruned[found] = prune.model_copy(update=settings).run(job.model, bench)
+        if bench.short:
+            continue
         scores, before = bench.scores(pruned[found]), bench.before
         worst[found] = max(drop(t, before[t.name], scores[t.name]) / abs(before[t.name]) for t in job.model.tasks)
     best = min(worst, key=lambda found: worst[found])
