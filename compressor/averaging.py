@@ -44,7 +44,10 @@ class Average:
 
 
 class Settling:
-    """Batch norm's momentum in a training: a plain average's before the end and before each check, else its own."""
+    """Batch norm's momentum in a training: a plain average's before the end and before each check, else its own.
+
+    Where a check comes shortly before the end, the last average begins at the check before that one.
+    """
 
     def __init__(self, module: nn.Module, steps: int, check_every: int) -> None:
         self._norms = running_norms(module)
@@ -52,7 +55,7 @@ class Settling:
         self._every = check_every or max(1, steps)
         last_check = (steps - 1) // self._every * self._every
         start = max(0, steps - _length(steps))
-        self._last = start if last_check <= start else start // self._every * self._every  # no check in its middle
+        self._last = start if last_check <= start else start // self._every * self._every
 
     def before(self, step: int) -> None:
         """What holds in step 0, 1, ..."""

@@ -1,6 +1,7 @@
 """The command line: `compress VERB`. Results go to stdout (`--json` for machines), everything else to stderr.
 
-Exit codes: 0 done, 1 something the user can fix, 2 usage, 3 built but a task is outside its budget.
+Exit codes: 0 done, 1 something the user can fix, 2 usage, 3 built, but a task is outside its budget or a stage ended
+short of its goal, or no trial of a sweep is inside the budgets.
 """
 
 import functools

@@ -78,8 +78,6 @@ def _contractions(prunable: Prunable) -> Iterator[Term]:
     yield 0, prunable.channels.whole_macs, ()
     for found in prunable.channels.contractions:
         yield 0, found.macs_per_pair, (found.writes,) if found.reads is None else (found.writes, found.reads)
-
-
     for axis, product in zip(_products(prunable), prunable.channels.products, strict=True):
         yield 0, product.macs_per_index, (axis,)
 

@@ -71,8 +71,9 @@ def keep_most(
 ) -> dict[str, Tensor]:
     """Masks that keep, of the weights of each pool that are alive, the `left` ones of the highest scores.
 
-    Among equal scores the earlier position is kept, so the count is exact; with blocks it is exact up to one block, and
-    a block's weights are of one pool. A weight whose outputs are no multiple of the block is pruned one by one.
+    Among equal scores the earlier position is kept, so the count is exact; with blocks it is exact up to one block, of
+    which a pool that keeps anything has at least one, and a block's weights are of one pool. A weight whose outputs are
+    no multiple of the block is pruned one by one.
     """
     units = [(*_units(score[name], alive[name], block), pool[name]) for name in score]
     value, size = (torch.cat([unit[k] for unit in units]) for k in (0, 1))
@@ -81,11 +82,12 @@ def keep_most(
     order = order[number[order].argsort(stable=True)]
     sizes = torch.zeros(len(left), dtype=torch.int64).index_add_(0, number, size)
     reached = size[order].cumsum(0) - (sizes.cumsum(0) - sizes)[number[order]]
+    wanted = torch.tensor(left)[number[order]]
     flat = torch.zeros_like(value, dtype=torch.bool)
-    flat[order[reached <= torch.tensor(left)[number[order]]]] = True
+    flat[order[(reached <= wanted) | ((reached == size[order]) & (wanted > 0))]] = True
     masks = {}
-    for (name, wanted), part in zip(score.items(), torch.split(flat, [v.numel() for v, _, _ in units]), strict=True):
-        masks[name] = spread(part, wanted.shape, block) & alive[name]
+    for (name, value), part in zip(score.items(), torch.split(flat, [v.numel() for v, _, _ in units]), strict=True):
+        masks[name] = spread(part, value.shape, block) & alive[name]
     return masks
 
 

@@ -27,11 +27,12 @@ from compressor.recipe import Recipe
 from compressor.record import StageRecord, make_report, sizes_of
 from compressor.report import write
 from compressor.report.schema import Report
-from compressor.speed import Measure, Speed, replayed
+from compressor.speed import Speed, replayed
+from compressor.stages import Stage
 from compressor.stages.quantize import Quantize
 from compressor.store import Follower, Store, key_of, opened
 from compressor.trace import trace
-from compressor.training import Training, train
+from compressor.training import train
 from compressor.tuning import Tuned, tune_artifacts
 from profiles import device as devices
 from profiles.device import Device
@@ -55,17 +56,21 @@ class Job:
     task_sets: tuple[tuple[str, ...], ...]
     start: str
     records: Path
-    speed: Measure
+    speed: Speed
 
     def original_key(self) -> str:
         """A key for the original's scores: what it is, and what they are computed with."""
         return key_of(self.start, self.recipe.compute_threads, self.bench.device.type, compute.count())
 
     def keys(self) -> list[str]:
-        """A key for each stage: what it starts from, its own settings, and the width it rounds to."""
+        """A key for each stage: what it starts from, its own settings, the width it rounds to, and what it measures on.
+
+        Not what is known of that device's kernels: what was pruned stays so when they are tuned.
+        """
         found, key = [], self.original_key()
+        measured = self.target.name, self.device.model_dump(mode="json"), self.recipe.threads[0]
         for stage in self.recipe.stages:
-            key = key_of(key, stage.model_dump(), self.bench.multiple)
+            key = key_of(key, stage.model_dump(), self.bench.multiple, *(measured if stage.measures else ()))
             found.append(key)
         return found
 
@@ -80,7 +85,7 @@ def prepare(recipe: Recipe, base: Path, progress: Reporter, *, builds: bool = Tr
         CompressError, TargetError, ProfileError: the first thing that is missing or does not fit.
     """
     target = find_target(recipe.target)
-    device = devices.load(recipe.device)
+    device = devices.load(recipes.device(recipe, base))
     if builds:
         target.check(device)
         if target.integers and not any(isinstance(stage, Quantize) for stage in recipe.stages):
@@ -212,8 +217,16 @@ def _compress(job: Job, store: Store) -> tuple[MultiTaskModel, list[StageRecord]
         return _staged(job, store)
 
 
+def _will_measure(job: Job, store: Store) -> bool:
+    """Whether a stage that is not finished asks for latencies: what refuses them should not come after hours."""
+    stages = enumerate(zip(job.recipe.stages, job.keys(), strict=True))
+    return any(stage.measures and store.facts(f"{n:02d}-{stage.kind}", key) is None for n, (stage, key) in stages)
+
+
 def _staged(job: Job, store: Store) -> tuple[MultiTaskModel, list[StageRecord]]:
     model, records, bench = job.model, [], job.bench
+    if compute.by_first(partial(_will_measure, job, store)) and not compute.rank():
+        job.speed.ready()
     for index, (stage, key) in enumerate(zip(job.recipe.stages, job.keys(), strict=True)):
         entry = f"{index:02d}-{stage.kind}"
         facts = compute.by_first(partial(store.facts, entry, key))
@@ -280,15 +293,10 @@ def dry_run(job: Job, out: Path, clock: Callable[[], float] = time.monotonic) ->
     """What `run` would do and what it would cost; trains a few steps on a copy to say how long, writes nothing."""
     stages = job.recipe.stages
     macs, parameters, _ = sizes_of(job.model)
-    step_s = 0.0
     if any(stage.train_steps for stage in stages):
         rehearse(job.bench, ("train", "calibrate"))
-        copy = job.model.clone()
-        with compute.threads(job.recipe.compute_threads):
-            train(copy, job.bench, Training(steps=1), "trying one step", job.recipe.seed)
-            begun = clock()
-            train(copy, job.bench, Training(steps=2), "timing two steps", job.recipe.seed)
-            step_s = (clock() - begun) / 2
+    with compute.threads(job.recipe.compute_threads):
+        seconds = [_train_seconds(job, stage, clock) for stage in stages]
     store = Store(out)
     return {
         "name": job.recipe.name,
@@ -301,7 +309,7 @@ def dry_run(job: Job, out: Path, clock: Callable[[], float] = time.monotonic) ->
             {
                 "kind": stage.kind,
                 "train_steps": stage.train_steps,
-                "seconds": stage.train_steps * step_s,
+                "seconds": seconds[index],
                 "done": store.facts(f"{index:02d}-{stage.kind}", key) is not None,
                 "settings": stage.model_dump(),
             }
@@ -310,6 +318,18 @@ def dry_run(job: Job, out: Path, clock: Callable[[], float] = time.monotonic) ->
         "artifacts": ["+".join(tasks) for tasks in job.task_sets],
         "measure_seconds": len(job.recipe.threads) * job.recipe.measure.seconds,
     }
+
+
+def _train_seconds(job: Job, stage: Stage, clock: Callable[[], float]) -> float:
+    """About how long a stage trains: two steps of it on a copy of the original are timed, after one to warm up."""
+    if stage.training is None or not stage.train_steps:
+        return 0.0
+    copy = job.model.clone()
+    one, two = (stage.training.model_copy(update={"steps": steps, "check_every": 0}) for steps in (1, 2))
+    train(copy, job.bench, one, "trying one step", job.recipe.seed)
+    begun = clock()
+    train(copy, job.bench, two, "timing two steps", job.recipe.seed)
+    return stage.train_steps * (clock() - begun) / 2
 
 
 def _told(scores: dict[str, float]) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -94,7 +95,8 @@ class Recipe(Settings):
     """The whole recipe.
 
     Attributes:
-        target, device: a name in `compress targets` and one in `compress devices` (or a path to a profile).
+        target, device: a name in `compress targets` and one in `compress devices` (or the path of a profile, relative
+            to the recipe).
         threads: thread counts to measure with.
         compute_threads: threads that compress; results repeat bit for bit at the same number, on any number of cores.
         train_on: where trainings and scores are computed; "auto" is a GPU where there is one.
@@ -176,6 +178,8 @@ def portable(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if "checkpoint" in table:
         table["checkpoint"] = str((base / table["checkpoint"]).resolve())
     table["paths"] = {key: str((base / value).resolve()) for key, value in table.get("paths", {}).items()}
+    if str(raw.get("device", "")).endswith(".toml"):
+        raw["device"] = str((base / raw["device"]).resolve())
     raw["records"] = str((base / raw.get("records", Recipe.model_fields["records"].default)).resolve())
     return raw
 
@@ -261,6 +265,11 @@ def setting(recipe: Recipe, key: str) -> object:
     return at
 
 
+def device(recipe: Recipe, base: Path) -> str:
+    """The device's name, or the path of its profile."""
+    return str(base / recipe.device) if recipe.device.endswith(".toml") else recipe.device
+
+
 def checkpoint(table: WorkloadTable, base: Path) -> Path | None:
     return (base / table.checkpoint).resolve() if table.checkpoint else None
 
@@ -287,11 +296,11 @@ def task_sets(recipe: Recipe, tasks: Sequence[str]) -> list[tuple[str, ...]]:
 
 def fingerprint(recipe: Recipe, base: Path) -> str:
     """SHA-256 of what the compression of a recipe starts from: seed, budgets, the workload's options and code (its
-    folder), the checkpoint, and name, size and time of every file below `paths`.
+    folder and those inside it), the checkpoint, and name, size and time of every file below `paths`.
     """
     sha = hashlib.sha256()
     module = module_of(recipe.workload.factory.partition(":")[0], base)
-    for source in sorted(Path(inspect.getfile(module)).parent.glob("*.py")):
+    for source in _sources(Path(inspect.getfile(module)).parent):
         sha.update(source.read_bytes())
     if (weights := checkpoint(recipe.workload, base)) is not None:
         with weights.open("rb") as stream:
@@ -300,6 +309,15 @@ def fingerprint(recipe: Recipe, base: Path) -> str:
     data = [fact for path in recipe.workload.paths.values() for fact in _files(base / path)]
     sha.update(json.dumps([facts, data, recipe.seed, dict(recipe.budgets)], sort_keys=True, default=str).encode())
     return sha.hexdigest()
+
+
+def _sources(folder: Path) -> list[Path]:
+    """Python files below a folder; hidden folders and virtual environments are not looked into."""
+    found: list[Path] = []
+    for at, inner, files in os.walk(folder):
+        inner[:] = [name for name in inner if name[0] != "." and not Path(at, name, "pyvenv.cfg").exists()]
+        found += [Path(at, name) for name in files if name.endswith(".py")]
+    return sorted(found)
 
 
 def _files(path: Path) -> list[tuple[str, int, int]]:

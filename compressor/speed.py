@@ -72,11 +72,9 @@ class Speed:
         """The model's latency over the original's, both on the device: of times the median of interleaved pairs.
 
         Raises:
-            TargetError: this machine cannot run what is built for the device.
+            TargetError: as `ready`.
         """
-        if self._dense is None:
-            self._dense = self._built(self.original)
-        dense, own = self._dense, self._built(model)
+        dense, own = self.ready(), self._built(model)
         if isinstance(dense, float) or isinstance(own, float):
             assert isinstance(dense, float) and isinstance(own, float)
             return own / dense
@@ -86,6 +84,16 @@ class Speed:
             warmup_s=_WARMUP_SECONDS, min_samples=_SAMPLES, max_seconds=_SECONDS, seed=self.seed,
         )
         return ratio(seen["own"], seen["dense"]).value
+
+    def ready(self) -> Runner | float:
+        """The original, built; the first call builds it.
+
+        Raises:
+            TargetError: this machine cannot run what is built for the device.
+        """
+        if self._dense is None:
+            self._dense = self._built(self.original)
+        return self._dense
 
     def _built(self, model: MultiTaskModel) -> Runner | float:
         """What runs it, or the milliseconds that the simulator tells."""

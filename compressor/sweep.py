@@ -30,6 +30,7 @@ from compressor.report.page import replace_together
 from compressor.report.search import Failure, Goal, Point, Sweep, nondominated
 from compressor.store import opened
 from compressor.workers import Failed, in_processes, on_ray
+from profiles.errors import ProfileError
 from targets.errors import TargetError
 
 DATABASE, CHOSEN = "sweep.db", "chosen.toml"
@@ -69,10 +70,11 @@ def sweep(
     ray: str | None = None,
     command: str = "",
 ) -> Sweep:
-    """Run trials until so many are finished, counting earlier ones; write `sweep.json`, `sweep.html`, `chosen.toml`.
+    """Run as many trials as earlier finished ones leave; write `sweep.json`, `sweep.html` and `chosen.toml`.
 
     The first has the recipe's own settings, if they lie inside what is searched: no sweep is worse than its recipe.
-    Trials that were under way when a sweep was killed come next, and go on with the stages they had finished.
+    Trials that were under way when a sweep was killed come next, and go on with the stages they had finished. One that
+    fails is still missing when the command is given again.
 
     Args:
         workers: trials at a time: one in this process, several in as many others.
@@ -285,7 +287,7 @@ def attempt(trial: Trial, progress: Reporter | None = None) -> Outcome | Failed:
     try:
         job = pipeline.prepare(*recipes.load(trial.recipe, told), progress or Silent(), builds=False)
         model, scores = pipeline.compress(job, trial.folder)
-    except (CompressError, TargetError) as error:
+    except (CompressError, TargetError, ProfileError) as error:
         return Failed(str(error))
     margin = min(job.bench.shares(scores).values())
     work = pipeline.work_left(job.model, model)

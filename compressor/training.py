@@ -28,6 +28,7 @@ LARGEST_GRADIENT = 5.0
 SHORTEST_WINDOW = 10
 WIDEST_VECTOR = 16  # floats
 SEEDS_APART = 1_000_003  # each step of each process draws its chance from a seed of its own
+EPOCHS_APART, SEEDS = 1_009, 2**31  # each epoch of each training has an order of its own
 
 
 class Training(Settings):
@@ -103,8 +104,8 @@ def train(
 
     Batch norm's running statistics are averages over the last steps before the state that is handed back, or over as
     many batches of the train split where that is an average of weights; a quantized model's stay as they are, since
-    they are part of its weights. A training that was killed goes on at its last
-    checkpoint, where the bench has a place for them, and ends as if nothing had happened.
+    they are part of its weights. A training that was killed goes on at its last checkpoint, where the bench has a place
+    for them, and ends as if nothing had happened.
 
     Raises:
         CompressError: the loss is not finite, a batch offers nothing to learn, a loss weight is for no known task, or
@@ -195,7 +196,7 @@ def _train(
     settling.end()
     if how.check_every:
         watch.end(model, title)
-    else:
+    elif how.steps:
         _finish(model, average, bench)
     return saved or None
 
@@ -276,11 +277,14 @@ def _schedule(step: int, how: Training) -> float:
 
 
 def _batches(bench: Bench, steps: int, seed: int) -> Iterator[Batch]:
-    """This process's batches: every so-manieth, as many as there are processes, over epochs that differ by seed."""
+    """This process's batches: every so-manieth, as many as there are processes, over epochs of which each has a seed.
+
+    Trainings whose seeds are neighbours share no epoch, so that results of several seeds are independent.
+    """
     count, epoch = 0, 0
     while count < steps * compute.count():
         empty = True
-        for batch in bench.workload.batches("train", seed + epoch):
+        for batch in bench.workload.batches("train", (seed * EPOCHS_APART + epoch) % SEEDS):
             empty = False
             if count % compute.count() == compute.rank():
                 yield batch

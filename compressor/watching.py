@@ -6,6 +6,8 @@ from torch import Tensor
 from compressor.bench import Bench
 from compressor.model import MultiTaskModel
 
+_MEASURABLE = 1e3  # a share of a budget beyond which there is none
+
 
 class Watch:
     """Keeps the state whose worst task had the largest share of its budget left, of those that were looked at.
@@ -59,7 +61,10 @@ class Watch:
             return
         model.module.load_state_dict(self._best)
         best, stopped = int(self._at), int(self._stopped)
-        left = f"the task nearest its end had {float(self._left):.0%} of its budget left"
+        share = float(self._left)
+        left = f"the task nearest its end had {share:.0%} of its budget left"
+        if abs(share) > _MEASURABLE:
+            left = f"the task nearest its end {'gained' if share > 0 else 'lost'}, where nothing may be lost"
         if stopped:
             self._bench.note(f"{title} stopped after {stopped} of {self._steps} steps; its weights are those of step "
                              f"{best}, where {left}.")  # fmt: skip

@@ -106,7 +106,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     from compressor import pipeline
 
     recipe = tiny.recipe(tmp_path, device='"x86-64-v3"')
-    real, ticks = pipeline.dry_run, iter((0.0, 0.5))
+    real, ticks = pipeline.dry_run, iter((0.0, 0.5) * 3)
     monkeypatch.setattr(pipeline, "dry_run", lambda job, out: real(job, out, lambda: next(ticks)))
     result = compress("run", recipe, "--out", tmp_path / "out", "--dry-run")
     assert result.exit_code == 0, result.stderr

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
+import compressor.stages.prune as prune_module
 from compressor.bench import Bench, reestimate_batchnorm
 from compressor.budgets import Budget, margins
 from compressor.channels import FIXED
@@ -194,10 +195,28 @@ def test_networks_in_double_precision_are_scored(criterion: str, tmp_path: Path)
     assert score_TC.dtype == torch.float32 and bool(score_TC.isfinite().all()) and float(score_TC.sum()) > 0
 
 
-def test_weights_that_no_criterion_heeds_are_refused(tmp_path: Path) -> None:
-    model, bench = setup(dense, (IMAGE,), tmp_path, task("a", (0, 2)), task("b", (2, 3)))
-    with pytest.raises(CompressError, match="'magnitude' scores channels for no task alone; leave 'weights' out"):
-        prune(macs=0.5, criterion="magnitude", weights={"a": 3.0}).run(model, bench)
+def test_weights_that_no_criterion_heeds_are_refused() -> None:
+    with pytest.raises(ValueError, match="'magnitude' scores channels for no task alone; leave 'weights' out"):
+        prune(macs=0.5, criterion="magnitude", weights={"a": 3.0})
+
+
+def test_fits_that_do_not_answer_alike_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ruined(model: MultiTaskModel, *given: object) -> tuple[MultiTaskModel, list[str]]:
+        copy = model.clone()
+        copy.module[0].weight.data.fill_(float("nan"))
+        return copy, []
+
+    model, bench = setup(plain_chain, (IMAGE,), tmp_path)
+    monkeypatch.setattr(prune_module, "without", ruined)
+    with pytest.raises(CompressError, match="do not answer alike; leave 'reconstruct' out"):
+        prune(macs=0.5, reconstruct=True).run(model, bench)
+
+
+def test_a_pattern_that_leaves_nothing_to_prune_is_refused(tmp_path: Path) -> None:
+    model, bench = setup(lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 2, 2)), (IMAGE,), tmp_path)
+    stage = Ticket.model_validate({"kind": "ticket", "pattern": "4x1", "keep_ratio": 0.5, "train": {"steps": 0}})
+    with pytest.raises(CompressError, match="no convolution and no linear layer to prune; pattern '4x1' is for rows"):
+        stage.check(model, bench)
 
 
 def test_patterns_leave_transposed_convolutions_whole_and_say_so(tmp_path: Path) -> None:

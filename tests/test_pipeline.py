@@ -16,9 +16,13 @@ from safetensors.numpy import load_file
 from test_cli import compress, fails
 from test_store import largest_file
 
+from compressor.pipeline import prepare
+from compressor.progress import Silent
+from compressor.recipe import load
 from compressor.report import read
 from compressor.store import opened
 from compressor.verify import RUNGS
+from targets.errors import TargetError
 
 pytestmark = pytest.mark.compile
 
@@ -205,6 +209,30 @@ def test_a_task_outside_its_budget_exits_3_with_everything_written(tmp_path: Pat
     assert [row.split()[-1] for row in result.stdout.splitlines()[1:4]][1] == "OUTSIDE"
     assert compress("verify", tmp_path / "out" / "artifacts" / "size").exit_code == 0
     assert [task.name for task in read(tmp_path / "out").tasks if task.within_budget is False] == ["size"]
+
+
+def test_what_was_measured_elsewhere_is_measured_again(tmp_path: Path) -> None:
+    def keys(*overrides: str) -> list[str]:
+        return prepare(*load(tiny.recipe(tmp_path), overrides), Silent(), builds=False).keys()
+
+    assert keys("threads=[1]") == keys("threads=[2]")
+    goal = "stages.0.latency=0.5"
+    assert not set(keys(goal, "threads=[1]")) & set(keys(goal, "threads=[2]"))
+
+
+def test_a_device_that_cannot_be_measured_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = "[[stages]]\nkind = 'finetune'\nsteps = 2\n[[stages]]\nkind = 'prune'\nlatency = 0.5\n"
+    def refuse(device: object) -> None:
+        raise TargetError("it was built for another machine.")
+
+    path = tiny.recipe(tmp_path)
+    text = path.read_text()
+    path.write_text(text[: text.index("[[stages]]")] + stages)
+    monkeypatch.setattr("compressor.stages.finetune.train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("targets.cpu.require_host_runs", refuse)
+    fails(compress("run", path, "--out", tmp_path / "out"), "it was built for another machine.")
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:

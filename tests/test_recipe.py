@@ -1,5 +1,6 @@
 """Recipes: every fault at once, overrides, task sets, and what makes stored work stale."""
 
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from conftest import Golden
 from compressor.budgets import Budget, drop, margins
 from compressor.errors import CompressError
 from compressor.factory import make_workload
-from compressor.recipe import Recipe, fingerprint, load, task_sets
+from compressor.pipeline import prepare
+from compressor.progress import Silent
+from compressor.recipe import Recipe, fingerprint, load, portable, task_sets
 from compressor.workload import Task
 
 FAULTY = """
@@ -85,6 +88,15 @@ def test_no_recipe(tmp_path: Path) -> None:
             load(path)
 
 
+def test_a_device_profile_lies_beside_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = files("profiles") / "devices" / "raspberry-pi-5.toml"
+    (tmp_path / "board.toml").write_text(profile.read_text())
+    path = tiny.recipe(tmp_path, device='"board.toml"')
+    monkeypatch.chdir("/")
+    assert prepare(*load(path), Silent(), builds=False).device.name == "board"
+    assert portable(path)["device"] == str(tmp_path / "board.toml")
+
+
 def test_overrides_reach_every_place(tmp_path: Path) -> None:
     path = tiny.recipe(tmp_path)
     changes = ["stages.0.macs=0.7", "measure.samples=12", "workload.options.batch_size=8", "device=raspberry-pi-5",
@@ -147,10 +159,15 @@ def test_the_fingerprint_follows_what_the_work_depends_on(tmp_path: Path) -> Non
     assert now() == first
     assert now("measure.samples=20", "threads=[1]", "task_sets=[]") == first
     assert len({first, now("seed=1"), now("budgets.kind=1"), now("workload.options.a=1")}) == 4
-    for file in ("w.safetensors", "data/frames", "neighbour.py"):
+    for file in ("w.safetensors", "data/frames", "neighbour.py", "models/deep/net.py"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_bytes(b"#2")
         assert now() != first, file
         first = now()
+    for elsewhere in (".hidden/a.py", "venv/lib/a.py", "venv/pyvenv.cfg"):
+        (tmp_path / elsewhere).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / elsewhere).write_bytes(b"#2")
+    assert now() == first
 
 
 # --- workloads

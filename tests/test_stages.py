@@ -14,6 +14,7 @@ import compressor.stages.prune as prune_module
 from compressor.allocation import cheapest
 from compressor.bench import Bench, by_batch, reestimate_batchnorm, takes_batches
 from compressor.channels import Axis, ChannelMap, Contraction
+from compressor.combining import combine
 from compressor.costs import Ledger
 from compressor.errors import CompressError
 from compressor.groups import Group, Prunable
@@ -23,7 +24,7 @@ from compressor.sequential import Oracle, judging
 from compressor.speed import Speed, replayed
 from compressor.stages.finetune import Finetune
 from compressor.stages.pathway import Pathway
-from compressor.stages.prune import Prune, combine
+from compressor.stages.prune import Prune
 from compressor.training import Training
 from compressor.workload import Batch, Split, Task
 
@@ -218,7 +219,7 @@ def test_prune_says_why_it_ends_short(model: MultiTaskModel, bench: Bench) -> No
     after = prune(macs=0.05, rounds=3, keep_at_least=0.75).run(model, bench)
     assert all(width >= 0.75 * full[name] for name, width in widths(after).items()), "of the width it came with"
     assert bench.notes == [
-        "prune ended short of its goal, at MACs 57%, parameters 57%: no group may become narrower "
+        "prune stopped short of its goal, at MACs 57%, parameters 57%: no group may become narrower "
         "(widths are multiples of 4, at least 75% of what they were)."
     ]
 
@@ -486,7 +487,33 @@ def test_prune_meets_a_goal_in_latency(model: MultiTaskModel, bench: Bench, goal
 def test_a_latency_goal_that_nothing_reaches_is_said(model: MultiTaskModel, bench: Bench) -> None:
     bench.speed = lambda _: 0.9
     prune(latency=0.5, rounds=1).run(model, bench)
-    assert bench.short and bench.notes[-1] == "prune ended at 90.0% of the original's latency instead of 50.0%."
+    assert bench.short and bench.notes[-1].startswith("prune ended at 90.0% of the original's latency instead of 50.0%")
+
+
+def test_a_correction_that_fails_within_five_percent_is_not_short(
+    model: MultiTaskModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = tiny.bench(model, tmp_path)
+    bench.speed = lambda one: 1.0 if one is model else 0.51
+    stage, whole = prune(latency=0.5, rounds=1), Prune._rounds
+    turns = iter(["", "task 'kind' would leave its budget"])
+    monkeypatch.setattr(Prune, "_rounds", lambda *given: (whole(*given)[0], next(turns)))
+    stage.run(model, bench)
+    assert not bench.short and bench.notes == []
+
+
+def test_a_correction_that_fails_says_why(
+    model: MultiTaskModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = tiny.bench(model, tmp_path)
+    bench.speed = lambda one: 1.0 if one is model else 0.6
+    stage, whole = prune(latency=0.5, rounds=1), Prune._rounds
+    turns = iter(["", "task 'kind' would leave its budget"])
+    monkeypatch.setattr(Prune, "_rounds", lambda *given: (whole(*given)[0], next(turns)))
+    stage.run(model, bench)
+    assert bench.short and bench.notes == [
+        "prune ended at 60.0% of the original's latency instead of 50.0%: task 'kind' would leave its budget."
+    ]
 
 
 def test_a_network_that_is_fast_enough_is_left_as_it_is(model: MultiTaskModel, bench: Bench) -> None:

@@ -137,6 +137,12 @@ def test_a_trial_that_fails_is_told_and_costs_no_other(recipe: Path) -> None:
         searched(recipe, 2)
 
 
+def test_a_device_that_does_not_exist_costs_no_other_trial(recipe: Path) -> None:
+    trial = sweeps.Trial(0, recipe, (), {"device": "raspbery-pi-5"}, recipe.parent / "trial")
+    failed = sweeps.attempt(trial, Silent())
+    assert isinstance(failed, Failed) and "Did you mean 'raspberry-pi-5'" in failed.why
+
+
 def test_an_error_nobody_expects_ends_the_sweep_and_is_not_met_again(
     recipe: Path, at_once: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,6 +174,11 @@ def test_a_share_of_its_layer_is_of_survivors_no_smaller(model: MultiTaskModel) 
     assert not bool(found[3:].any())
 
 
+def test_a_layer_that_keeps_less_than_a_block_keeps_one(model: MultiTaskModel, bench: Bench) -> None:
+    after = ticket(keep_ratio=0.02, rounds=1, pattern="8x16", scope="layer").run(model, bench)
+    assert all(bool(mask.any()) for mask in after.masks.values())
+
+
 def test_a_block_has_its_share_of_a_layer_together() -> None:
     """Two rows of a column are a block: energies of 16, 4, 8 and of a lone survivor's 2; of equal means the earlier."""
     energy = torch.tensor([[10.0, 1.0], [6.0, 3.0], [4.0, 2.0], [4.0, 7.0]])

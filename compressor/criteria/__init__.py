@@ -26,3 +26,6 @@ CRITERIA: Mapping[str, Criterion] = {
     "batchnorm": batchnorm.score,
     "random": random.score,
 }
+
+BY_TASK = frozenset({"taylor"})
+"""Those that tell a channel's worth to one task from its worth to another."""

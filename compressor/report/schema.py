@@ -312,7 +312,7 @@ class ArtifactResult(Timed):
 
 
 class BaselineResult(Timed):
-    """Something to compare with, measured in the same rounds as the artifacts, such as "onnxruntime dense".
+    """Something to compare with, measured in the same rounds as the artifacts, such as "ONNX Runtime, dense".
 
     Attributes:
         artifact: the artifact whose graph another engine ran; empty for the original network.

@@ -10,12 +10,16 @@ from compressor.stages.pathway import Pathway
 from compressor.stages.prune import Prune
 from compressor.stages.quantize import Quantize
 from compressor.stages.ticket import Ticket
+from compressor.training import Training
 from profiles.settings import Settings
 
 
 @runtime_checkable
 class Stage(Protocol):
-    """Takes a model, returns a new one; `kind` is its name in a recipe, `train_steps` what it costs if all goes well.
+    """Takes a model, returns a new one.
+
+    `kind` is its name in a recipe, `training` how it trains, where it does, `train_steps` what it trains in all if all
+    goes well, `measures` whether it asks for latencies on the device.
 
     `check` refuses, before the first stage runs, what the model as it was brought, its tasks and budgets do not allow.
 
@@ -26,7 +30,11 @@ class Stage(Protocol):
     @property
     def kind(self) -> str: ...
     @property
+    def training(self) -> Training | None: ...
+    @property
     def train_steps(self) -> int: ...
+    @property
+    def measures(self) -> bool: ...
     def model_dump(self) -> dict[str, Any]: ...
     def check(self, model: MultiTaskModel, bench: Bench) -> None: ...
     def run(self, model: MultiTaskModel, bench: Bench) -> MultiTaskModel: ...

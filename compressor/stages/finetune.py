@@ -1,6 +1,6 @@
 """Train what is left."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from compressor.bench import Bench
 from compressor.model import MultiTaskModel
@@ -13,7 +13,12 @@ class Finetune(Training):
     Labels are used where a batch has them; a task without labels is distilled from the original network.
     """
 
+    measures: ClassVar[bool] = False
     kind: Literal["finetune"]
+
+    @property
+    def training(self) -> Training:
+        return self
 
     @property
     def train_steps(self) -> int:

@@ -1,6 +1,6 @@
 """Cut from the whole network what no task needs."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from compressor.bench import Bench
 from compressor.errors import CompressError
@@ -18,6 +18,8 @@ class Pathway(Settings):
     task sets are cut when artifacts are made, whether or not a recipe has this stage.
     """
 
+    measures: ClassVar[bool] = False
+    training: ClassVar[None] = None
     kind: Literal["pathway"]
 
     @property

@@ -5,24 +5,22 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from compressor.allocation import cheapest, uniform
 from compressor.bench import Bench, reestimate_batchnorm
+from compressor.combining import Combine, combine
 from compressor.costs import Costs
-from compressor.criteria import CRITERIA
+from compressor.criteria import BY_TASK, CRITERIA
 from compressor.errors import CompressError
 from compressor.groups import Group, Prunable, left_whole
 from compressor.model import MultiTaskModel, some
-from compressor.ranks import highest_rank
 from compressor.reconstruction import without
 from compressor.sequential import Oracle, walk
 from compressor.training import Training, train
 from profiles.settings import Settings, did_you_mean
 
-Combine = Literal["max", "sum", "unanimous"]
 Search = Literal["value", "sequential", "uniform"]
 
 _CLOSE = 0.05  # a latency goal is met this closely
@@ -52,7 +50,7 @@ class Prune(Settings):
             task needs, "sum" trades tasks against each other. "unanimous" takes each task's ranks instead, unweighed: a
             channel goes when every task ranks it low (Sun et al., "DiSparse", CVPR 2022).
         weights: a factor for each task's importance beside what its budget says; 1 where none is given. For a task of
-            which training wins little back.
+            which training wins little back; of a criterion in BY_TASK.
         batches: calibration batches for importance and reconstruction, and for batch norm where nothing is recovered.
         slack: budgets are multiplied by this while pruning, since a later `finetune` wins much of the drop back; a
             sequential search, asking before that, counts a score's fall as the rise of its inverse.
@@ -90,7 +88,17 @@ class Prune(Settings):
             raise ValueError(f"no criterion '{self.criterion}'.{did_you_mean(self.criterion, CRITERIA)}")
         if self.weights and self.combine == "unanimous":
             raise ValueError("combine 'unanimous' goes by ranks, which no factor changes; leave 'weights' out")
+        if self.weights and self.criterion not in BY_TASK:
+            raise ValueError(f"criterion '{self.criterion}' scores channels for no task alone; leave 'weights' out")
         return self
+
+    @property
+    def measures(self) -> bool:
+        return self.latency is not None or self.round_to == "measured"
+
+    @property
+    def training(self) -> Training | None:
+        return self.recover
 
     @property
     def train_steps(self) -> int:
@@ -113,27 +121,37 @@ class Prune(Settings):
             return self._rounded(model, bench).run(model, bench)
         for operator, layers in left_whole(Prunable.of(model).channels).items():
             bench.note(f"left whole, because of what {operator} does with their channels: {some(layers)}.")
+        start = Prunable.of(model)
+        least, full = self._least(start), start.cost(start.keep_all())
         if self.latency is None:
-            least = self._least(Prunable.of(model))
-            return self._rounds(model, bench, (self.macs, self.parameters), self.rounds, least)[0]
+            found, why = self._rounds(model, bench, (self.macs, self.parameters), self.rounds, least, full)
+            self._tell(found, why, bench, full)
+            return found
         if bench.speed is None:
             raise CompressError("prune has a goal in latency, but there is no device to measure it on.")
         macs = self._macs_for(self.latency, model, bench, bench.speed)
         if macs == 1 and self.parameters is None:
             bench.note(f"nothing was pruned: the latency is within {self.latency:.1%} of the original's as it is.")
             return model
-        least = self._least(Prunable.of(model))
-        found, whole = self._rounds(model, bench, (macs, self.parameters), self.rounds, least)
+        found, why = self._rounds(model, bench, (macs, self.parameters), self.rounds, least, full)
+        self._tell(found, why, bench, full)
         for corrections in range(_CORRECTIONS, -1, -1):
             reached = bench.speed(found)
             bench.progress.line(f"  latency {reached:.1%} of the original's")
-            if reached <= self.latency or not whole:
+            if reached <= self.latency or why:
                 break
             if corrections:  # the channels that went in the end are not those that were measured
-                found, whole = self._rounds(found, bench, (0.99 * self.latency / reached, None), 1, least)
+                found, why = self._rounds(found, bench, (0.99 * self.latency / reached, None), 1, least, full)
         if reached > (1 + _CLOSE) * self.latency:
-            bench.fall_short(f"prune ended at {reached:.1%} of the original's latency instead of {self.latency:.1%}.")
+            instead = f"{reached:.1%} of the original's latency instead of {self.latency:.1%}"
+            bench.fall_short(f"prune ended at {instead}{': ' * bool(why)}{why}.")
         return found
+
+    def _tell(self, found: MultiTaskModel, why: str, bench: Bench, full: Costs) -> None:
+        """Say why a network is not all the way, where it is not."""
+        if why:
+            cut = Prunable.of(found)
+            bench.fall_short(f"prune stopped short of its goal, at {_left(cut.cost(cut.keep_all()), full)}: {why}.")
 
     def _macs_for(
         self, latency: float, model: MultiTaskModel, bench: Bench, speed: Callable[[MultiTaskModel], float]
@@ -203,19 +221,23 @@ class Prune(Settings):
 
     def _rounds(
         self, model: MultiTaskModel, bench: Bench, fractions: tuple[float | None, float | None], rounds: int,
-        least: Mapping[str, int],
-    ) -> tuple[MultiTaskModel, bool]:
-        """The furthest point towards fractions of what is given, and whether that is all the way."""
+        least: Mapping[str, int], full: Costs,
+    ) -> tuple[MultiTaskModel, str]:
+        """The furthest point towards fractions of what is given, and why that is not all the way, if it is not.
+
+        Args:
+            full: costs that people are told shares of.
+        """
         start = Prunable.of(model)
-        full = start.cost(start.keep_all())
+        given = start.cost(start.keep_all())
         multiple = self._multiple(bench)
-        good, sizes, why = model, full, ""
+        good, sizes, why = model, given, ""
         done, failed, turn, tries, trust = 0.0, 0.0, 0, self.retries, 1.0
         while done < 1:
             turn += 1
             step = round(done * rounds) + 1
             aim = (done + failed) / 2 if failed else step / rounds
-            goal = _goal(full, fractions, aim)
+            goal = _goal(given, fractions, aim)
             cut = self._shrink(good, bench, goal, multiple, least, trust)
             title = f"prune {step}/{rounds}" if not failed else f"prune, a smaller step ({tries} left)"
             if self.recover and self.recover.steps:  # which leaves batch norm better estimated than a few batches would
@@ -236,14 +258,12 @@ class Prune(Settings):
                     continue
                 done = aim
                 if _short(sizes, goal):
-                    bench.fall_short(f"prune ended short of its goal, at {_left(sizes, full)}: {self._stuck(cut)}.")
-                    return good, False
+                    return good, self._stuck(cut)
             if failed:
                 if not tries:
-                    bench.fall_short(f"prune stopped short of its goal, at {_left(sizes, full)}: {why}.")
-                    return good, False
+                    return good, why
                 tries -= 1
-        return good, True
+        return good, ""
 
     def _stuck(self, cut: "_Shrunk") -> str:
         if cut.stopped:
@@ -259,14 +279,9 @@ class Prune(Settings):
 
         Args:
             trust: share of the budgets that a sequential search may spend: what it asked has been too hopeful before.
-
-        Raises:
-            CompressError: `weights` are given, and the criterion tells no task from another.
         """
         prunable = Prunable.of(model)
         score_TC = CRITERIA[self.criterion](model, prunable, bench, self.batches)
-        if self.weights and len(score_TC) > 1 and bool((score_TC == score_TC[0]).all()):
-            raise CompressError(f"criterion '{self.criterion}' scores channels for no task alone; leave 'weights' out.")
         floors = {group.name: _floor(group, multiple, least) for group in prunable.groups}
         value_C = combine(score_TC, [task.name for task in model.tasks], bench, self.combine, self.weights)
         groups, stopped = list(prunable.groups), dict[str, str]()
@@ -289,6 +304,9 @@ class Prune(Settings):
                 names = tuple(task.name for task in model.tasks)
                 return _Shrunk(cut, prunable.cost(keep), keep, tuple(groups), names, score_TC, stopped, multiple)
             wrong = _refused(model, prunable, keep, groups)
+            if not wrong:
+                raise CompressError("prune: layers that were fitted to the channels left do not answer alike; "
+                                    "leave 'reconstruct' out.")  # fmt: skip
             groups = [group for group in groups if group not in wrong]
             bench.note(
                 "left whole, because the module's own code fixes their size: "
@@ -314,35 +332,6 @@ class _Shrunk:
         row_C = self.score_TC[self.tasks.index(task)]
         lost = {g.name: float(row_C[g.classes[~self.keep[g.classes]]].sum()) for g in self.groups}
         return f", which needs most of what went from '{max(lost, key=lambda n: lost[n])}'" if lost else ""
-
-
-def combine(
-    score_TC: Tensor, tasks: list[str], bench: Bench, how: Combine, weights: Mapping[str, float] = {}
-) -> Tensor:
-    """(class,) one value a channel from one row a task: rows sum to 1, then weigh as their tasks need protection.
-
-    Ranks, for "unanimous", run from 0 to 1 and are equal for equal scores.
-
-    A task weighs as its budget is tight relative to its score, by the square root: the first channels cost a task
-    little and the last ones much, so the share of its importance that it can spare grows slower than its budget. One
-    without a budget weighs as one with a budget of 100 %. What a round has lost of a budget does not count: after a
-    short recovery it says which metric is slow to come back, not which task lacks channels. `weights` are factors
-    beside that.
-    """
-    if how == "unanimous":
-        return highest_rank(score_TC)
-    scaled_TC = score_TC / score_TC.sum(1, keepdim=True).clamp_min(1e-30)
-    weight_T = torch.tensor([weights.get(task, 1.0) * _relative_budget(bench, task) ** -0.5 for task in tasks])
-    scaled_TC = scaled_TC * (weight_T / weight_T.max())[:, None]
-    return scaled_TC.max(0).values if how == "max" else scaled_TC.sum(0)
-
-
-def _relative_budget(bench: Bench, task: str) -> float:
-    before = abs(bench.before.get(task, 0.0))
-    if task not in bench.budgets:
-        return 1.0
-    allowed = bench.budgets[task].allowed(before)
-    return min(1.0, max(allowed / before if before else float(allowed > 0), 1e-4))
 
 
 def _floor(group: Group, multiple: int, least: Mapping[str, int]) -> int:

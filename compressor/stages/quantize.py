@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from copy import copy
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, fx
@@ -54,6 +54,8 @@ class Quantize(Settings):
     same (`compressor/quantization/equalise.py`).
     """
 
+    measures: ClassVar[bool] = False
+    training: ClassVar[None] = None
     kind: Literal["quantize"]
     ranges: Rule = "mse"
     weights: Rule = "mse"

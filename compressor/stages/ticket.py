@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -71,6 +71,7 @@ class Ticket(Settings):
     alone: Renda et al., ICLR 2020.
     """
 
+    measures: ClassVar[bool] = False
     kind: Literal["ticket"]
     keep_ratio: float | None = Field(gt=0, lt=1, default=None)
     keep: Mapping[str, float] = {}
@@ -131,16 +132,23 @@ class Ticket(Settings):
         return len(self.schedule) or self.rounds
 
     @property
+    def training(self) -> Training:
+        return self.train
+
+    @property
     def train_steps(self) -> int:
         each = 2 if self.saliency == "learnt" else 1
         return self.train.steps * (self.turns * each + (1 if isinstance(self.rewind, int) else 0))
 
     def check(self, model: MultiTaskModel, bench: Bench) -> None:
-        """Refuse a training that the tasks and budgets do not allow, and a name in `keep` that is no component's."""
+        """Refuse a training that the tasks and budgets do not allow, a network of which nothing can be pruned, and a
+        name in `keep` that is no component's.
+        """
         self.train.check(model, bench)
+        names, _ = self._names(model)
         if self.keep:
-            names, block = prunable(model.module, self.prune_also), Pattern.parse(self.pattern).block
-            self._check(model, left_by_component(model, components(model, names, block)))
+            part = components(model, names, Pattern.parse(self.pattern).block)
+            self._check(model, left_by_component(model, part))
 
     def run(self, model: MultiTaskModel, bench: Bench) -> MultiTaskModel:
         """The sparsest found at which every task is inside its (slackened) budget; masks nest from round to round.
@@ -148,12 +156,9 @@ class Ticket(Settings):
         Raises:
             CompressError: `keep` names what is no component of this network, or nothing can be pruned.
         """
-        pattern, names = Pattern.parse(self.pattern), prunable(model.module, self.prune_also)
-        if not names:
-            raise CompressError("ticket: the network has no convolution and no linear layer; see 'prune_also'.")
-        if turned := [name for name in names if pattern != Pattern() and _turned(model.module, name)]:
+        pattern, (names, turned) = Pattern.parse(self.pattern), self._names(model)
+        if turned:
             bench.note(f"left whole, as '{self.pattern}' is for rows of outputs: {', '.join(turned)}.")
-            names = [name for name in names if name not in turned]
         if odd := [name for name in names if not pattern.fits(tensor_of(model.module, name))]:
             how = "left whole" if pattern.of else "pruned weight by weight"
             bench.note(f"{how}, because their size does not fit '{self.pattern}': {', '.join(odd)}.")
@@ -195,6 +200,19 @@ class Ticket(Settings):
         shares = [f"{name} {now / before:.1%}" for name, (now, before) in left_by_component(good, part).items()]
         bench.note(f"weights left: {', '.join(shares)}.")
         return good
+
+    def _names(self, model: MultiTaskModel) -> tuple[list[str], list[str]]:
+        """The parameters that are pruned, and those that the pattern leaves whole.
+
+        Raises:
+            CompressError: there is none to prune.
+        """
+        names, free = prunable(model.module, self.prune_also), self.pattern == "free"
+        turned = [name for name in names if not free and _turned(model.module, name)]
+        if not (pruned := [name for name in names if name not in turned]):
+            lacks = f"pattern '{self.pattern}' is for rows of outputs" if turned else "see 'prune_also'"
+            raise CompressError(f"ticket: the network has no convolution and no linear layer to prune; {lacks}.")
+        return pruned, turned
 
     @property
     def _has_goal(self) -> bool:

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from compressor.bench import Bench
-from compressor.criteria import CRITERIA
+from compressor.criteria import BY_TASK, CRITERIA
 from compressor.errors import CompressError
 from compressor.groups import Prunable
 from compressor.model import MultiTaskModel
@@ -24,6 +24,10 @@ class TestCriterion:
         assert found.shape == (3, Prunable.of(model).class_count) and found.dtype == torch.float32
         assert bool(found.isfinite().all()) and bool((found >= 0).all())
         assert bool((found.sum(1) > 0).all()), "every task needs something"
+
+    def test_is_known_to_tell_tasks_apart_or_not(self, name: str, tmp_path: Path) -> None:
+        found = self.score(name, tiny.model(), tmp_path)
+        assert bool((found == found[0]).all()) == (name not in BY_TASK)
 
     def test_repeats_itself_and_leaves_the_model_alone(self, name: str, tmp_path: Path) -> None:
         model = tiny.model()
