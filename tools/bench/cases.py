@@ -8,6 +8,7 @@ from itertools import product
 import controls
 
 from compressor.budgets import drop
+from compressor.errors import CompressError
 from compressor.model import MultiTaskModel
 from compressor.pipeline import Job
 from compressor.stages.finetune import Finetune
@@ -53,6 +54,11 @@ def stages(job: Job, **settings: object) -> Mapping[tuple[str, ...], MultiTaskMo
     return _all(job, model)
 
 
+def settings(case: Case) -> Mapping[str, object]:
+    """What a case changes in the recipe's stages, where that is all it does."""
+    return case.keywords if isinstance(case, partial) else {}
+
+
 def published(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
     """PAGCP as published, with the recipe's recovery and fine-tuning."""
     prune, tune = _prune(job), _tune(job)
@@ -65,18 +71,20 @@ def tuned_magnitude(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
     """Magnitude at its best: of every criterion of it and least width, what reaches the goal and then loses least."""
     prune, bench = _prune(job), job.bench
     worst = dict[tuple[str, float], float]()
-    pruned = dict[tuple[str, float], MultiTaskModel]()
+    pruned = dict[tuple[str, float], tuple[MultiTaskModel, list[str]]]()
     for found in product(MAGNITUDES, LEAST_WIDTHS):
-        settings = {"criterion": found[0], "keep_at_least": found[1], "weights": {}}
-        bench.short = False
-        pruned[found] = prune.model_copy(update=settings).run(job.model, bench)
-        if bench.short:
-            continue
-        scores, before = bench.scores(pruned[found]), bench.before
-        worst[found] = max(drop(t, before[t.name], scores[t.name]) / abs(before[t.name]) for t in job.model.tasks)
+        bench.short, bench.notes = False, []
+        known = {"criterion": found[0], "keep_at_least": found[1], "weights": {}}
+        model = prune.model_copy(update=known).run(job.model, bench)
+        if not bench.short:
+            pruned[found], scores, before = (model, bench.notes), bench.scores(model), bench.before
+            worst[found] = max(drop(t, before[t.name], scores[t.name]) / abs(before[t.name]) for t in job.model.tasks)
+    if not worst:
+        raise CompressError("no magnitude at any least width reaches the goal")
     best = min(worst, key=lambda found: worst[found])
+    model, bench.notes = pruned[best]
     bench.note(f"criterion {best[0]}, no group below {best[1]:.0%}: worst task {worst[best]:+.1%} before fine-tuning.")
-    return _all(job, _tune(job).run(pruned[best], bench))
+    return _all(job, _tune(job).run(model, bench))
 
 
 def scratch(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
@@ -103,7 +111,7 @@ def singles(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
 
 
 def random_ticket(job: Job) -> Mapping[tuple[str, ...], MultiTaskModel]:
-    """The ticket's masks, layer by layer as dense, at random places."""
+    """Masks at random places, layer by layer as dense as a ticket of one round without training."""
     return _all(job, controls.random_masks(job.model, job.bench, _ticket(job), _whole_training(job)))
 
 
@@ -142,7 +150,7 @@ STUDIES: Mapping[str, Study] = {
         title="DroNet: channel pruning",
     ),
     "scenes-ticket": Study(
-        "scenes-ticket", TICKETS, dict.fromkeys(_SCENES, "0"), title="Scenes: a ticket of 10 % of the weights"
+        "scenes-ticket", TICKETS, dict.fromkeys(_SCENES, "0 %"), title="Scenes: a ticket of 10 % of the weights"
     ),
     "scenes-ticket-5": Study(
         "scenes-ticket-5", BY_LAYERS, _SCENES, title="Scenes: a ticket of 5 % of the weights"

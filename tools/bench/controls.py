@@ -128,7 +128,9 @@ def from_scratch(pruned: MultiTaskModel, bench: Bench, how: Training) -> MultiTa
 
 
 def random_masks(model: MultiTaskModel, bench: Bench, ticket: Ticket, how: Training) -> MultiTaskModel:
-    """As many weights in every layer as the ticket keeps of the trained ones, but anywhere; trained from there."""
+    """As many weights in every layer as the ticket keeps of the trained ones in one round, but anywhere; trained from
+    there.
+    """
     untrained = ticket.train.model_copy(update={"steps": 0})
     found = ticket.model_copy(update={"train": untrained, "rounds": 1}).run(model, bench)
     chance = torch.Generator().manual_seed(bench.seed)

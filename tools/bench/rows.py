@@ -38,7 +38,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
 
 def finish(rows: list[Row], to: Path | None) -> None:
     """Print a table, and write the rows as JSON; whatever holds, the caller exits 0."""
-    width = max(len(row.case) for row in rows)
+    width = max((len(row.case) for row in rows), default=0)
     for row in rows:
         bound = "" if row.goal is None else f"{'<=' if row.most else '>='} {row.goal:g}"
         verdict = {True: "holds", False: "FALLS SHORT", None: "no goal"}[row.holds]
