@@ -1,6 +1,6 @@
 """Integers that a module's own code keeps about sizes, such as its number of heads, where a cut changes the size."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, islice
 
 from torch import Tensor, fx, nn
@@ -14,8 +14,9 @@ MOST_TRIED = 16
 
 def settings(
     network: fx.GraphModule, channels: ChannelMap, module: nn.Module, keep: Tensor
-) -> Iterator[dict[str, int]]:
-    """Values by attribute name to try in turn: none, all that may have to follow a cut, then fewer and fewer.
+) -> Iterator[Sequence[Mapping[str, int]]]:
+    """Values by attribute name to try in turn: none, all that may have to follow a cut, then fewer and fewer; those
+    that go together in one mapping.
 
     A candidate is an attribute whose value is the old size of a dimension that shrinks in its module's own code.
     Modules of one class share their code, so that an attribute follows in all of them or in none.
@@ -40,10 +41,9 @@ def settings(
             if type(value) is int:
                 for rank, new in enumerate(sorted({new for old, new in sizes if old == value})):
                     choices.setdefault((type(held), name, rank), {})[f"{owner}.{name}".lstrip(".")] = new
-    yield {}
+    yield ()
     subsets = (chosen for count in range(len(choices), 0, -1) for chosen in combinations(choices.values(), count))
-    for chosen in islice(subsets, MOST_TRIED):
-        yield {name: new for one in chosen for name, new in one.items()}
+    yield from islice(subsets, MOST_TRIED)
 
 
 def set_attributes(module: nn.Module, values: Mapping[str, int]) -> None:

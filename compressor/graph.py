@@ -3,13 +3,9 @@
 import operator
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from compressor.errors import CompressError
-
-EXACT = 1e-6
-"""Largest `difference` of two networks that count as the same."""
 
 
 def name_of(node: fx.Node) -> str:
@@ -64,54 +60,3 @@ def tensor_of(module: nn.Module, name: str) -> Tensor:
 def tensors_of(network: fx.GraphModule) -> dict[str, Tensor]:
     """Every tensor that a graph reads, by name, in the order of first use."""
     return {str(n.target): tensor_of(network, str(n.target)) for n in network.graph.nodes if n.op == "get_attr"}
-
-
-def difference(reference: fx.GraphModule, network: fx.GraphModule, inputs: tuple[Tensor, ...]) -> float:
-    """Largest difference of any answer to the reference's, relative to its largest, in float64 on inputs like these.
-
-    Infinite for another shape; NaN where an answer is.
-    """
-    generator = torch.Generator().manual_seed(0)
-    left, right = in_double(reference), in_double(network)
-    worst = 0.0
-    for scale in (1.0, 0.3):
-        tried = tuple(
-            x.double() * scale + 0.1 * scale * torch.randn(x.shape, generator=generator, dtype=torch.float64)
-            if x.is_floating_point()
-            else x
-            for x in inputs
-        )
-        usual = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)  # of what the graphs create without naming a type
-        try:
-            with torch.no_grad():
-                answers = list(zip(left(*tried), right(*tried), strict=True))
-        finally:
-            torch.set_default_dtype(usual)
-        for wanted, given in answers:
-            if wanted.shape != given.shape:
-                return float("inf")
-            if wanted.numel():
-                gap = float(
-                    (wanted.double() - given.double()).abs().max() / wanted.double().abs().max().clamp_min(1e-30)
-                )
-                worst = gap if not gap <= worst else worst
-    return worst
-
-
-def in_double(network: fx.GraphModule) -> fx.GraphModule:
-    """A copy that computes in float64: tensors, and the float types that casts and creations in the graph name."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(network.graph, {}))
-    for node in graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, _doubled)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, _doubled)
-    tensors = {
-        name: nn.Parameter(value.detach().double(), requires_grad=False) if value.is_floating_point() else value
-        for name, value in tensors_of(network).items()
-    }
-    return fx.GraphModule(tensors, graph)
-
-
-def _doubled(argument: Any) -> Any:
-    return torch.float64 if isinstance(argument, torch.dtype) and argument.is_floating_point else argument

@@ -1,18 +1,23 @@
 """Channel groups that can be pruned, and what each channel costs: read from the channel analysis of a model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import gcd
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from compressor.attributes import settings
 from compressor.channels import FIXED, Axis, ChannelMap, analyse
+from compressor.equivalence import EXACT, difference
 from compressor.errors import CompressError
-from compressor.graph import EXACT, difference, tensor_of
+from compressor.graph import tensor_of
 from compressor.model import MultiTaskModel
 from compressor.trace import trace
+
+IN_TRAINING = "In training"
+"""What a cut's refusal begins with where the network still answers, but can no longer be trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,12 @@ class Prunable:
         """Axes of weights that read channels: zero there, and the channel is gone."""
         return list(dict.fromkeys(c.reads for c in self.channels.contractions if c.reads is not None))
 
+    def joined(self) -> list[str]:
+        """Layers that write several channels, all of one class: none can go without all."""
+        written = {c.weight.removesuffix(".weight"): self.channels.axes[c.writes] for c in self.channels.contractions}
+        one = {layer: ids for layer, ids in written.items() if len(ids) > 1 and bool((ids == ids[0]).all())}
+        return [layer for layer, ids in one.items() if int(ids[0]) != FIXED]
+
     def keep_all(self) -> Tensor:
         """Bool by class, all True: what callers then clear class by class."""
         return torch.ones(self.class_count, dtype=torch.bool)
@@ -86,7 +97,8 @@ class Prunable:
     def cut(self, model: MultiTaskModel, keep: Tensor) -> MultiTaskModel:
         """A copy without the channels, shown to answer as the model does when every weight that reads them is zero.
 
-        Where the module's own code does not go along, integers that it keeps about sizes are tried at their new values.
+        Where the module's own code does not go along, integers that it keeps about sizes are tried at their new values;
+        those without which it does are left. What only training runs, such as an auxiliary head, must run as well.
 
         Args:
             model: the one that was analysed, whatever its weights are now.
@@ -97,26 +109,46 @@ class Prunable:
                 otherwise once they are gone.
         """
         zeroed = trace(model.clone())
-        faults = []
         self.silence(zeroed, keep)
-        for attributes in settings(zeroed, self.channels, model.module, keep):
-            smaller = model.clone()
-            smaller.cut(self.kept(keep), attributes)
+        faults = []
+        for chosen in settings(zeroed, self.channels, model.module, keep):
             try:
-                with torch.no_grad():
-                    smaller.answers(*model.inputs)
-                traced = trace(smaller)
-            except Exception as error:  # noqa: BLE001 - the user's own code raises what it likes
-                faults.append(f"The network's code fixes a size that the cut changes: {error}")
+                smaller = self._tried(model, zeroed, keep, chosen)
+            except CompressError as error:
+                faults.append(error)
                 continue
-            gap = difference(zeroed, traced, model.inputs)
-            if gap <= EXACT:
-                return smaller
-            faults.append(
+            for one in list(chosen) if len(chosen) > 1 else ():
+                fewer = [other for other in chosen if other is not one]
+                with suppress(CompressError):
+                    smaller, chosen = self._tried(model, zeroed, keep, fewer), fewer
+            return smaller
+        raise faults[0]
+
+    def _tried(
+        self, model: MultiTaskModel, zeroed: fx.GraphModule, keep: Tensor, chosen: Sequence[Mapping[str, int]]
+    ) -> MultiTaskModel:
+        """The cut copy with these attributes set.
+
+        Raises:
+            CompressError: it fails, or answers otherwise than the zeroed network.
+        """
+        smaller = model.clone()
+        smaller.cut(self.kept(keep), {name: value for one in chosen for name, value in one.items()})
+        try:
+            with torch.no_grad():
+                smaller.answers(*model.inputs)
+            traced = trace(smaller)
+        except Exception as error:
+            raise CompressError(f"The network's code fixes a size that the cut changes: {error}") from error
+        gap = difference(zeroed, traced, model.inputs)
+        if not gap <= EXACT:
+            raise CompressError(
                 f"Without {int((~keep).sum())} of its channels the network answers otherwise (by {gap:.1e} of its "
-                "largest answer) than with the weights that read them at zero: its code picks channels by number."
+                "answer) than with the weights that read them at zero: its code picks channels by number."
             )
-        raise CompressError(faults[0])
+        if (fault := _training_fault(smaller)) and not _training_fault(model):
+            raise CompressError(f"{IN_TRAINING} the network's code fixes a size that the cut changes: {fault}")
+        return smaller
 
     def silence(self, module: nn.Module, keep: Tensor) -> None:
         """Zero, in place, every weight of the model (or of its traced graph) that reads a class that is not kept.
@@ -151,6 +183,17 @@ class Prunable:
                 size *= left.get(Axis(name, dim), full)
             total += size
         return total
+
+
+def _training_fault(model: MultiTaskModel) -> str:
+    """Why the module's forward fails on the example inputs while it trains; empty where it does not."""
+    module = model.clone().module.train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            module(*model.inputs)
+    except Exception as error:  # noqa: BLE001 - the user's own code raises what it likes
+        return str(error) or type(error).__name__
+    return ""
 
 
 def left_whole(channels: ChannelMap) -> dict[str, list[str]]:

@@ -18,10 +18,11 @@ from compressor.graph import tensor_of
 from compressor.quantization.grids import Quantization
 from compressor.simulation import Simulation
 from compressor.tensors import names_of, plain, refit, set_groups, set_tensor
-from compressor.workload import Task, Workload, answers
+from compressor.workload import Task, Workload, answers, spare
 
 WEIGHTS, SURGERY, MASKS = "weights.safetensors", "surgery.json", "masks.safetensors"
 SCHEMA = "taskpress.surgery/1"
+_RANDOM = 1e-3  # of the largest answer: two answers to the same that are further apart hang on chance
 
 
 @dataclass(slots=True)
@@ -51,6 +52,11 @@ class MultiTaskModel:
         if self.quantization is not None:
             return self._simulation(self, inputs)
         return answers(self.module(*inputs), self.tasks)
+
+    def spare(self) -> tuple[str, ...]:
+        """What the module returns that is no task's, by name or number."""
+        with torch.no_grad():
+            return spare(self.module(*self.inputs), self.tasks)
 
     def clone(self) -> "MultiTaskModel":
         for part in self.module.modules():  # what hooks such as torch.nn.utils.weight_norm computed in the last forward
@@ -155,8 +161,8 @@ def load_checkpoint(workload: Workload, checkpoint: Path | None) -> MultiTaskMod
 
     Raises:
         CompressError: the file is missing, no safetensors file, or does not fit the network; a weight or an answer
-            is not finite, or a weight is complex; forward fails on the example inputs or does not return what the
-            tasks say.
+            is not finite, or a weight is complex; forward fails on the example inputs, does not return what the tasks
+            say, or answers otherwise each time.
     """
     module = workload.build()
     if checkpoint is not None:
@@ -175,12 +181,19 @@ def load_checkpoint(workload: Workload, checkpoint: Path | None) -> MultiTaskMod
     try:
         with torch.no_grad():
             raw = module(*model.inputs)
+            with torch.random.fork_rng(devices=[]):
+                again = answers(module(*model.inputs), model.tasks)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in model.inputs)
         raise CompressError(f"The network fails on its example inputs of shape {shapes}: {error}") from error
     for name, answer in answers(raw, model.tasks).items():
         if not answer.isfinite().all():
             raise CompressError(f"Task '{name}' answers NaN or infinity on the example inputs.")
+        if float((answer - again[name]).abs().max()) > _RANDOM * float(answer.abs().max()):
+            raise CompressError(
+                f"Task '{name}' answers otherwise each time it is asked the same: its forward draws random numbers in "
+                "evaluation too. Let it draw them while it trains alone (self.training)."
+            )
     return model
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from compressor.graph import argument, name_of, shape_of
-from compressor.ids import distinct, spread, varies, whole
+from compressor.ids import spread, varies, whole
 from compressor.products import attention, einsum, matmul
+from compressor.reductions import reduced, together
 
 if TYPE_CHECKING:
     from compressor.channels import Analysis
@@ -41,15 +42,16 @@ def move(node: fx.Node, args: Any, kwargs: Any) -> Any:
 def _elementwise(run: "Analysis", node: fx.Node) -> Tensor | None:
     """Values met element by element: channels that meet belong together, a broadcast value gates and stays whole."""
     operands = [a for a in node.args if isinstance(a, fx.Node)]
-    activations = [a for a in operands if run.constant(a) is None]
+    activations = [a for a in operands if run.constant(a) is None] or operands
     known = isinstance(node.meta["val"], Tensor) and set(operands) == set(node.all_input_nodes)
     if not activations or not known:
         return None
     shape = shape_of(node)
     _meet(run, activations, shape)
     ids = max((run.classes.root(run.ids(a)).expand(shape) for a in activations), key=_freedom)
-    for name in filter(None, map(run.constant, operands)):
-        if not _tie(run, name, ids):
+    for operand in operands:
+        name = run.constant(operand)
+        if name is not None and operand not in activations and not _tie(run, name, ids):
             return None
     return ids
 
@@ -72,7 +74,7 @@ def _meet(run: "Analysis", activations: list[fx.Node], shape: tuple[int, ...]) -
     for a in free:
         run.classes.merge(ids(free[0]), ids(a))
         met = {d for gate in gates for d in dims(gate, broadcast=False)}
-        if not _together(run, ids(a), met):
+        if not together(run, ids(a), met):
             run.classes.fix(ids(a))
 
 
@@ -142,7 +144,7 @@ def _normalised_within(run: "Analysis", node: fx.Node) -> Tensor | None:
     """Layer norm and RMS norm: what they go over stays or goes as one."""
     ids, names = run.classes.root(run.ids(node.args[0])), [run.constant(a) for a in node.all_input_nodes[1:]]
     last = len(node.args[1])  # type: ignore[arg-type]
-    if None in names or not _together(run, ids, set(range(ids.dim() - last, ids.dim()))):
+    if None in names or not together(run, ids, set(range(ids.dim() - last, ids.dim()))):
         return None
     for name in filter(None, names):
         run.bind(name, {})
@@ -169,39 +171,27 @@ def _windowed(run: "Analysis", node: fx.Node) -> Tensor | list[Tensor] | None:
     return made[0] if isinstance(value, Tensor) else made
 
 
+def _sampled(run: "Analysis", node: fx.Node) -> Tensor | None:
+    """Every channel by itself, at positions that another value says."""
+    along = run.tied(node.args[0], 1)
+    if along is None or run.constant(node.args[0]) is not None:
+        return None
+    run.classes.fix(run.ids(node.args[1]))
+    return spread(along, shape_of(node), 1)
+
+
 def _padded(run: "Analysis", node: fx.Node) -> Tensor | list[Tensor] | None:
     pads = argument(node, "pad") or argument(node, "padding")
     touched = {len(shape_of(node)) - 1 - k // 2 for k, amount in enumerate(pads) if amount}
     return None if 1 in touched else _windowed(run, node)
 
 
-def _together(run: "Analysis", ids: Tensor, over: set[int]) -> bool:
-    """Make what differs only in these dimensions one class each; False where nothing else would tell channels apart."""
-    mixed = [d for d in over if varies(ids, d)]
-    if mixed and not any(varies(ids, d) for d in range(ids.dim()) if d not in over):
-        return False
-    for d in mixed:
-        small = distinct(ids)
-        run.classes.merge(small, small.narrow(d, 0, 1).expand(small.shape))
-    return True
-
-
-def _reduced(run: "Analysis", node: fx.Node) -> Tensor | None:
-    """Mean, sum, max, softmax: what they go over stays or goes as one."""
-    ids, shape = run.classes.root(run.ids(node.args[0])), shape_of(node)
-    if run.constant(node.args[0]) is not None or not ids.dim():
-        return None
-    given = argument(node, "dim")
-    dims = given if isinstance(given, list | tuple) else [] if given is None else [given]
-    over = {d % ids.dim() for d in dims} if dims else set(range(ids.dim()))
-    if not _together(run, ids, over):
-        return None
-    ids = run.classes.root(ids)
-    if shape == tuple(ids.shape):
-        return ids
-    for d in sorted(over, reverse=True):
-        ids = ids.narrow(d, 0, 1)
-    return ids.reshape(shape)
+def _reduced_twice(run: "Analysis", node: fx.Node) -> Tensor | list[Tensor] | None:
+    """Max and where it was, variance and mean: two answers of one shape; max of two values goes element by element."""
+    if isinstance(argument(node, "other"), fx.Node):
+        return _elementwise(run, node)
+    made = reduced(run, node)
+    return made if made is None or isinstance(node.meta["val"], Tensor) else [made, made]
 
 
 def _convolution(run: "Analysis", node: fx.Node) -> Tensor | None:
@@ -258,6 +248,9 @@ def _embedding(run: "Analysis", node: fx.Node) -> Tensor | None:
 def keep_even(run: "Analysis", node: fx.Node) -> None:
     """Merge so that code which takes channels apart in equal parts still does when some are gone."""
     ids = run.found.values.get(node.name)
+    for first, *others in _slices(run, node, ids) if isinstance(ids, Tensor) else ():
+        for other in others:
+            run.classes.merge(first, other)
     if name_of(node) in _PARTING and isinstance(ids, list) and len({tuple(part.shape) for part in ids}) == 1:
         for part in ids[1:]:
             run.classes.merge(ids[0], part)
@@ -269,6 +262,22 @@ def keep_even(run: "Analysis", node: fx.Node) -> None:
         dims = [dim for dim in range(ids.dim()) if varies(ids, dim)]
         if len(dims) > 1:
             run.classes.tie(ids, [dim for dim in dims if dim != joined][-1])
+
+
+def _slices(run: "Analysis", node: fx.Node, ids: Tensor) -> list[list[Any]]:
+    """Ids of the slices that take a value apart, without a rest, in equal parts of a dimension of channels."""
+    by_dim: dict[int, dict[int, fx.Node]] = {}
+    for user in node.users:
+        if name_of(user) == "slice" and user.args[0] is node and argument(user, "step") == 1:
+            dim, start = int(argument(user, "dim")) % ids.dim(), argument(user, "start") or 0
+            by_dim.setdefault(dim, {}).setdefault(start % max(1, ids.shape[dim]), user)
+    found = []
+    for dim, parts in by_dim.items():
+        size, lengths = ids.shape[dim], {shape_of(part)[dim] for part in parts.values()}
+        equal = len(parts) > 1 and len(lengths) == 1 and sorted(parts) == list(range(0, size, max(1, *lengths)))
+        if equal and varies(ids, dim):
+            found.append([run.ids(parts[start]) for start in sorted(parts)])
+    return found
 
 
 def _looked_up(run: "Analysis", node: fx.Node) -> Tensor | None:
@@ -332,16 +341,18 @@ RULES: Mapping[str, Rule] = {
     ),
     **_table(_padded, "constant_pad_nd pad reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d"),
     **_table(
-        _reduced,
-        "mean sum amax amin prod var std logsumexp argmax argmin any all cumsum softmax log_softmax _softmax "
+        reduced,
+        "mean sum amax amin prod var std logsumexp argmax argmin any all cumsum cumprod softmax log_softmax _softmax "
         "_log_softmax linalg_vector_norm",
     ),
+    **_table(_reduced_twice, "max min median var_mean std_mean cummax cummin"),
     **_table(
         moved,
         "view reshape _unsafe_view flatten unflatten permute transpose t mT numpy_T swapaxes swapdims movedim moveaxis "
         "squeeze unsqueeze slice select narrow unbind split split_with_sizes tensor_split chunk cat concat stack "
         "expand repeat tile repeat_interleave roll flip rot90 pixel_shuffle pixel_unshuffle channel_shuffle",
     ),
+    **_table(_sampled, "grid_sampler grid_sampler_2d grid_sampler_3d"),
     **_table(_made_beside, "new_zeros new_ones new_full new_empty"),
     "expand_as": _expanded_as,
     "getitem": _item,

@@ -12,8 +12,9 @@ from torch import Tensor, fx
 
 from compressor.channels import FIXED, ChannelMap, Contraction, analyse
 from compressor.cut import CannotCut, cut
+from compressor.equivalence import EXACT, difference
 from compressor.errors import CompressError
-from compressor.graph import EXACT, difference, tensor_of, tensors_of
+from compressor.graph import tensor_of, tensors_of
 from compressor.macs import count_macs
 from compressor.model import MultiTaskModel
 from compressor.quantization.integers import Steps, steps_of
@@ -74,7 +75,7 @@ def extract(model: MultiTaskModel, tasks: Sequence[str]) -> Pathway:
     error = difference(whole, part, model.inputs)
     if not error <= EXACT:
         raise CompressError(
-            f"The pathway of {'+'.join(tasks)} differs from the whole network by {error:.1e} of its largest answer; "
+            f"The pathway of {'+'.join(tasks)} differs from the whole network by {error:.1e} of its answer; "
             "it was not used. Please report this network."
         )
     network = flatten(export(part, model.inputs))

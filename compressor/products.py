@@ -7,7 +7,7 @@ the dimension summed over ties the two factors' channels.
 """
 
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 
 def matmul(run: "Analysis", node: fx.Node) -> Tensor | None:
-    """matmul, bmm, mm of two activations, or of an activation with a matrix."""
+    """matmul, bmm, mm of two activations, or of an activation and a matrix."""
     left, right = node.args[:2]
-    if not all(isinstance(one, fx.Node) for one in (left, right)) or run.constant(left) is not None:
+    if not all(isinstance(one, fx.Node) for one in (left, right)):
         return None
+    if run.constant(left) is not None:
+        return _from_left(run, node, str(run.constant(left)), right)
     name, shape = run.constant(right), shape_of(node)
     if name is not None:
         ids, dims = run.ids(left), run.tensor(name).dim()
@@ -124,6 +126,21 @@ def _product(run: "Analysis", node: fx.Node, left: Tensor, right: Tensor, macs: 
     each = run.classes.tie(passed, dim)
     run.multiply(node, each, macs, summed=False)
     return spread(each, shape, dim)
+
+
+def _from_left(run: "Analysis", node: fx.Node, name: str, right: Any) -> Tensor | None:
+    """A matrix times an activation: it mixes rows, as along a graph's edges, and columns pass; or it reads rows."""
+    ids = run.classes.root(run.ids(right))
+    if run.constant(right) is not None or run.tensor(name).dim() != 2 or ids.dim() < 2:
+        return None
+    if varies(ids, -2):
+        if _varies_in(run, ids, range(ids.dim() - 2)) or varies(ids, -1):
+            return None
+        return spread(_weighted(run, node, ids.mT, name, 1, 0), shape_of(node), ids.dim() - 2)
+    each = run.classes.tie(ids, ids.dim() - 1)
+    run.bind(name, {})
+    run.multiply(node, each, macs_of(node), summed=False)
+    return spread(each, shape_of(node), ids.dim() - 1)
 
 
 def _met(run: "Analysis", *sides: tuple[Tensor, int]) -> Tensor:

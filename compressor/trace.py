@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -90,20 +90,48 @@ def export(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
 def flatten(program: ExportedProgram, names: Mapping[str, str] | None = None) -> fx.GraphModule:
     """An exported program as a plain graph module; `names` renames tensors."""
     lifted = program.module(check_guards=False)
-    graph, tensors = fx.Graph(), {}
-    environment: dict[fx.Node, fx.Node] = {}
-    for node in lifted.graph.nodes:
-        if name_of(node).startswith("_assert"):  # what the tracer saw of types; nothing that the answers need
+    graph, tensors = fx.Graph(), dict[str, Tensor]()
+    assert isinstance(lifted, fx.GraphModule)
+    graph.output(_copied(lifted, {}, graph, tensors, names or {}))
+    return living(fx.GraphModule(tensors, graph))
+
+
+def _copied(
+    part: fx.GraphModule, known: Mapping[fx.Node, fx.Node], graph: fx.Graph, tensors: dict[str, Tensor],
+    names: Mapping[str, str],
+) -> tuple[fx.Node, ...]:
+    """Copy a graph to the end of another, regions under autocast in their place; what it answers there."""
+    environment: dict[fx.Node, Any] = dict(known)
+    for node in part.graph.nodes:
+        if node in environment or name_of(node).startswith("_assert"):  # what the tracer saw of types
             continue
         if node.op == "output":
-            graph.output(tuple(environment[leaf] for leaf in tree_leaves(node.args)))
+            break
+        if node.op == "get_attr" and isinstance(getattr(part, str(node.target), None), fx.GraphModule):
             continue
-        new = environment[node] = graph.node_copy(node, lambda old: environment[old])
-        if node.op == "get_attr":
-            old = str(node.target)
-            new.target = (names or {}).get(old, old)
-            tensors[str(new.target)] = tensor_of(lifted, old)
-    return living(fx.GraphModule(tensors, graph))
+        if name_of(node) == "wrap_with_autocast":
+            region, given = getattr(part, str(node.args[4].target)), map(environment.__getitem__, node.args[5:])
+            _refuse_halves(*node.args[:3])
+            places = [inner for inner in region.graph.nodes if inner.op == "placeholder"]
+            environment[node] = _copied(region, dict(zip(places, given, strict=True)), graph, tensors, names)
+        elif name_of(node) == "getitem" and isinstance(environment[node.args[0]], tuple):
+            environment[node] = environment[node.args[0]][node.args[1]]
+        else:
+            new = environment[node] = graph.node_copy(node, environment.__getitem__)
+            if node.op == "get_attr":
+                old = str(node.target)
+                new.target = names.get(old, old)
+                tensors[str(new.target)] = tensor_of(part, old)
+    return tuple(environment[leaf] for leaf in tree_leaves(node.args))
+
+
+def _refuse_halves(device: str, precision: torch.dtype, enabled: bool) -> None:
+    """A region under autocast is nothing where that is off, or for another device than the network is traced on."""
+    if enabled and device == "cpu":
+        raise CompressError(
+            f"The network's forward computes a part under torch.autocast('cpu') in {precision}; answers are compared "
+            "with what it answers in float32. Take autocast out of forward."
+        )
 
 
 def living(network: fx.GraphModule) -> fx.GraphModule:

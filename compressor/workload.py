@@ -89,6 +89,13 @@ def answers(raw: object, tasks: Iterable[Task]) -> dict[str, Tensor]:
     return found
 
 
+def spare(raw: object, tasks: Iterable[Task]) -> tuple[str, ...]:
+    """What forward returned that is no task's, by name or number."""
+    keys = raw if isinstance(raw, Mapping) else range(len(raw)) if isinstance(raw, tuple | list) else ()
+    taken = {task.output for task in tasks}
+    return tuple(str(key) for key in keys if key not in taken)
+
+
 def _pick(raw: object, task: Task) -> Tensor:
     if isinstance(raw, Tensor):
         raw = (raw,)

@@ -279,6 +279,19 @@ def _two_uses(m: Lambda, x: Tensor) -> Tensor:
     return m.b(F.conv2d(x, m.w, padding=1))
 
 
+def _outside_autocast(m: Lambda, x: Tensor) -> Tensor:
+    x = m.a(x)
+    with torch.autocast("cpu", enabled=False):
+        y = m.b(x.float()).relu()
+    return m.c(y + x)
+
+
+def _halves(m: Lambda, x: Tensor) -> Tensor:
+    x = m.a(x)
+    half = x.shape[1] // 2
+    return m.b(x[:, :half]) + m.c(x[:, half:])
+
+
 CONSTRUCTS: Mapping[str, Callable[[], Made]] = {
     "many groups": lambda: _between(conv(12, 24, groups=6), 12, 24),
     "few groups": lambda: _between(conv(12, 18, groups=2), 12, 18),
@@ -325,6 +338,30 @@ CONSTRUCTS: Mapping[str, Callable[[], Made]] = {
     "einsum with a matrix": lambda: _picture(
         lambda m, x: m.b(torch.einsum("nchw,cd->ndhw", m.a(x), m.w)), a=conv(3, 6), w=parameter(6, 8), b=conv(8, 2)
     ),
+    "matrix from the left": lambda: _picture(
+        lambda m, x: m.b((m.w @ m.a(x).flatten(2)).relu().mean(2)), a=conv(3, 6), w=parameter(10, 6), b=nn.Linear(10, 2)
+    ),
+    "graph": lambda: _tokens(lambda m, x: m.head((m.edges @ m.stem(x)).relu()), edges=parameter(5, 5)),
+    "largest of all positions": lambda: _picture(
+        lambda m, x: m.b(m.a(x).flatten(2).max(2)[0]), a=conv(3, 6), b=nn.Linear(6, 2)
+    ),
+    "larger of two": lambda: _picture(
+        lambda m, x: m.c(torch.max(m.a(x), m.b(x))), a=conv(3, 6), b=conv(3, 6), c=conv(6, 2)
+    ),
+    "two towers": lambda: (
+        Lambda(lambda m, x: (m.a(x) * m.b(x)).sum(1, keepdim=True) + m.c(x), a=nn.Linear(5, 6), b=nn.Linear(5, 6),
+               c=nn.Linear(5, 1)),
+        (torch.randn(3, 5),),
+    ),
+    "scale by a function": lambda: _picture(
+        lambda m, x: m.b((m.a(x) * m.scale.exp()[:, None, None]).relu()), a=conv(3, 6), scale=parameter(6), b=conv(6, 2)
+    ),
+    "sampled": lambda: _picture(
+        lambda m, x: m.b(F.grid_sample(m.a(x), m.at(x).permute(0, 2, 3, 1).tanh(), align_corners=False)),
+        a=conv(3, 6), at=conv(3, 2), b=conv(6, 2),
+    ),
+    "halves by slices": lambda: _picture(_halves, a=conv(3, 8), b=conv(4, 2), c=conv(4, 2)),
+    "outside autocast": lambda: _picture(_outside_autocast, a=conv(3, 6), b=conv(6, 6), c=conv(6, 2)),
     "two inputs and outputs": _two_inputs,
     "token mlp": lambda: _tokens(
         lambda m, x: m.head(m.stem(x) + m.down(F.gelu(m.up(m.norm(m.stem(x)))))), norm=nn.LayerNorm(8),

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+from torch.utils.checkpoint import checkpoint
 
 import compressor.stages.prune as prune_module
 from compressor.bench import Bench, reestimate_batchnorm
@@ -210,6 +211,74 @@ def test_fits_that_do_not_answer_alike_are_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(prune_module, "without", ruined)
     with pytest.raises(CompressError, match="do not answer alike; leave 'reconstruct' out"):
         prune(macs=0.5, reconstruct=True).run(model, bench)
+
+
+class Spare(nn.Module):
+    """A second answer that is no task's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.a(x).relu()
+        return self.b(x), self.c(x)
+
+
+def test_answers_of_no_task_that_hold_channels_are_named(tmp_path: Path) -> None:
+    model, bench = setup(Spare, (IMAGE,), tmp_path)
+    prune(macs=0.5).run(model, bench)
+    assert bench.short
+    assert "left whole, because the module's own code fixes their size: a." in bench.notes
+    assert any(note.startswith("the network also returns 1, of which no task is made") for note in bench.notes)
+
+
+class Gated(nn.Module):
+    """Each channel's gate reads its neighbours' (ECA), so that all go or none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.e, self.b = nn.Conv2d(3, 8, 3), nn.Conv1d(1, 1, 3, padding=1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(x * self.e(x.mean((2, 3))[:, None]).sigmoid()[:, 0, :, None, None])  # type: ignore[no-any-return]
+
+
+def test_channels_that_would_have_to_go_at_once_are_named(tmp_path: Path) -> None:
+    model, bench = setup(Gated, (IMAGE,), tmp_path)
+    prune(macs=0.9).run(model, bench)
+    assert "left whole, because all their channels would have to go at once: a." in bench.notes
+
+
+class Drawn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x + torch.randn_like(x))  # type: ignore[no-any-return]
+
+
+def test_answers_that_hang_on_chance_are_refused() -> None:
+    with pytest.raises(CompressError, match="Task 't' answers otherwise each time"):
+        load_checkpoint(Plain(Drawn, (IMAGE,), (task(),)), None)
+
+
+class Recomputed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(checkpoint(self.b, self.a(x), use_reentrant=True))  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_gradients_through_a_reentrant_checkpoint_are_refused(tmp_path: Path) -> None:
+    model, bench = setup(Recomputed, (IMAGE,), tmp_path)
+    with pytest.raises(CompressError, match="let it use use_reentrant=False, or choose criterion = 'magnitude'"):
+        prune(macs=0.5).run(model, bench)
 
 
 def test_a_pattern_that_leaves_nothing_to_prune_is_refused(tmp_path: Path) -> None:

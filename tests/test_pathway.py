@@ -6,8 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from compressor.equivalence import in_double
 from compressor.errors import CompressError
-from compressor.graph import in_double, tensor_of
+from compressor.graph import tensor_of
 from compressor.groups import Prunable
 from compressor.inspection import Row, inspect
 from compressor.macs import count_macs

@@ -1,12 +1,13 @@
 """Every construct of `tests/constructs.py`: what can go of it, and that the cut answers as zeroed and saves as told."""
 
 import random
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressor.criteria import CRITERIA
 from compressor.errors import CompressError
@@ -17,7 +18,7 @@ from compressor.pathway import extract
 from compressor.trace import trace
 from compressor.workload import Batch
 from tests.constructs import CONSTRUCTS
-from tests.models import of
+from tests.models import Lambda, conv, of
 
 ATTENTION = {"stem": 8, "mix.q": 4}
 
@@ -56,6 +57,15 @@ FOUND: dict[str, tuple[dict[str, int], dict[str, list[str]]]] = {
     "raw parameters": ({"a": 6}, {}),
     "matrix": ({"a": 6, "w": 10}, {}),
     "einsum with a matrix": ({"a": 6, "w": 8}, {}),
+    "matrix from the left": ({"a": 6, "w": 10}, {}),
+    "graph": ({"stem": 8}, {}),
+    "largest of all positions": ({"a": 6}, {}),
+    "larger of two": ({"a": 6}, {}),
+    "two towers": ({"a": 6}, {"add": ["c"]}),
+    "scale by a function": ({"a": 6}, {}),
+    "sampled": ({"a": 6}, {"grid_sampler": ["at"]}),
+    "halves by slices": ({"a": 4}, {}),
+    "outside autocast": ({"a": 6}, {}),
     "two inputs and outputs": ({"a": 6}, {}),
     "token mlp": ({"up": 12}, {"layer_norm": ["stem"], "add": ["down"]}),
     "positions and words": ({}, {}),
@@ -121,6 +131,91 @@ def test_what_can_go_goes_as_zeroed_and_saves_what_was_told(name: str) -> None:
     if name in TAKEN_APART:
         prunable.silence(model.module, keep)
         assert extract(model, ["t0"]).macs == macs
+
+
+def gated_by_number(m: Lambda, x: Tensor, *flags: Tensor) -> Tensor:
+    y = m.a(x).relu()
+    answer = m.b(y)
+    gate = y[:, 3:4] if y.dim() == 2 else y[:, 3:4].mean((2, 3), keepdim=True)
+    return answer if not flags else torch.where(flags[0] > 0, answer, answer * gate)
+
+
+class TestChannelsPickedByNumber:
+    """Code that the analysis cannot see through, where the example inputs do not tell."""
+
+    def refused(self, module: nn.Module, *inputs: Tensor) -> None:
+        model = of(module, *inputs, tasks=1)
+        prunable = Prunable.of(model)
+        keep = prunable.keep_all()
+        keep[prunable.groups[0].classes[:2]] = False
+        with pytest.raises(CompressError, match="its code picks channels by number"):
+            prunable.cut(model, keep)
+
+    def test_units_that_are_dead_for_the_example(self) -> None:
+        torch.manual_seed(0)
+        module = Lambda(lambda m, x: m.b(m.a(x).relu()) + m.a(x).relu()[:, 3:4], a=nn.Linear(5, 6), b=nn.Linear(6, 1))
+        x = torch.ones(1, 5)
+        with torch.no_grad():
+            module.a.weight[2:] -= 2  # above 0 for no input but negative ones
+        self.refused(module, x)
+
+    def test_a_path_that_a_flag_leaves_out(self) -> None:
+        torch.manual_seed(0)
+        module = nn.Module()
+        module.a, module.b = nn.Linear(5, 6), nn.Linear(6, 1)
+        module.forward = partial(gated_by_number, module)  # type: ignore[method-assign]
+        self.refused(module, torch.randn(4, 5), torch.ones(4, 1, dtype=torch.int64))
+
+    def test_a_score_beside_coordinates(self) -> None:
+        torch.manual_seed(0)
+        module = Lambda(
+            lambda m, x: torch.cat([640 * m.b(m.a(x)), (m.a(x)[:, 3:4] - 10).sigmoid()], 1), a=conv(3, 6), b=conv(6, 4)
+        )
+        self.refused(module, torch.randn(1, 3, 8, 8))
+
+
+class Limited(nn.Module):
+    """Two integers of the same value, one of which is a width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.most = 8, 8
+        self.a, self.b = nn.Linear(5, 16), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.a(x).split([self.inner, self.inner], 1)
+        return self.b(first * second.sigmoid()).clamp(max=self.most)
+
+
+def test_an_integer_that_is_a_width_by_chance_stays() -> None:
+    torch.manual_seed(0)
+    model = of(Limited(), torch.randn(3, 5), tasks=1)
+    prunable = Prunable.of(model)
+    keep = prunable.keep_all()
+    keep[prunable.groups[0].classes[::2]] = False
+    assert prunable.cut(model, keep).attributes == {"inner": 4}
+
+
+class Taught(nn.Module):
+    """An auxiliary head that only training runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.extra = conv(3, 6), conv(6, 2), conv(6, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.a(x).relu()
+        return (self.b(x), self.extra(x)) if self.training else (self.b(x),)
+
+
+def test_a_cut_that_could_not_be_trained_is_refused() -> None:
+    torch.manual_seed(0)
+    model = of(Taught(), torch.randn(2, 3, 8, 8), tasks=1)
+    prunable = Prunable.of(model)
+    keep = prunable.keep_all()
+    keep[prunable.groups[0].classes[0]] = False
+    with pytest.raises(CompressError, match="In training the network's code fixes a size"):
+        prunable.cut(model, keep)
 
 
 def test_heads_are_replayed_with_their_attributes(tmp_path: Path) -> None:

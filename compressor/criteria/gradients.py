@@ -38,7 +38,15 @@ def by_task(
                     "so no criterion that looks at data can score channels for it. Answer with logits, or use "
                     "criterion = 'magnitude'."
                 )
-            gradients = torch.autograd.grad(losses[task.name], weights, retain_graph=True, allow_unused=True)
+            try:
+                gradients = torch.autograd.grad(losses[task.name], weights, retain_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                if "use_reentrant" not in str(error):
+                    raise
+                raise CompressError(
+                    "The network uses torch.utils.checkpoint with use_reentrant=True, through which gradients of "
+                    "single weights cannot be taken: let it use use_reentrant=False, or choose criterion = 'magnitude'."
+                ) from error
             found.append(
                 [None if g is None else (w.detach(), g) for w, g in zip(weights, gradients, strict=True)]
             )

@@ -14,7 +14,7 @@ from compressor.combining import Combine, combine
 from compressor.costs import Costs
 from compressor.criteria import BY_TASK, CRITERIA
 from compressor.errors import CompressError
-from compressor.groups import Group, Prunable, left_whole
+from compressor.groups import IN_TRAINING, Group, Prunable, left_whole
 from compressor.model import MultiTaskModel, some
 from compressor.reconstruction import without
 from compressor.sequential import Oracle, walk
@@ -122,6 +122,8 @@ class Prune(Settings):
         for operator, layers in left_whole(Prunable.of(model).channels).items():
             bench.note(f"left whole, because of what {operator} does with their channels: {some(layers)}.")
         start = Prunable.of(model)
+        if joined := start.joined():
+            bench.note(f"left whole, because all their channels would have to go at once: {some(joined)}.")
         least, full = self._least(start), start.cost(start.keep_all())
         if self.latency is None:
             found, why = self._rounds(model, bench, (self.macs, self.parameters), self.rounds, least, full)
@@ -307,11 +309,15 @@ class Prune(Settings):
             if not wrong:
                 raise CompressError("prune: layers that were fitted to the channels left do not answer alike; "
                                     "leave 'reconstruct' out.")  # fmt: skip
-            groups = [group for group in groups if group not in wrong]
-            bench.note(
-                "left whole, because the module's own code fixes their size: "
-                f"{', '.join(group.name for group in wrong)}."
-            )
+            groups = [group for group in groups if group.name not in wrong]
+            for training in (False, True):
+                held = [name for name, why in wrong.items() if why.startswith(IN_TRAINING) is training]
+                if held:
+                    code = "what runs in training alone" if training else "the module's own code"
+                    bench.note(f"left whole, because {code} fixes their size: {', '.join(held)}.")
+            if spare := model.spare():
+                bench.note(f"the network also returns {some(spare)}, of which no task is made: what reads channels for "
+                           "that is not cut along. Leave it out of forward, or make it a task.")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,16 +361,18 @@ def _short(reached: Costs, goal: Costs) -> bool:
     return any(now > wanted for now, wanted in zip(reached, goal, strict=True))
 
 
-def _refused(model: MultiTaskModel, prunable: Prunable, keep: Tensor, groups: Sequence[Group]) -> list[Group]:
-    """The groups whose channels cannot go together with those, before them, that can."""
-    accepted, refused = prunable.keep_all(), []
+def _refused(model: MultiTaskModel, prunable: Prunable, keep: Tensor, groups: Sequence[Group]) -> dict[str, str]:
+    """The groups whose channels cannot go together with those, before them, that can; and why."""
+    accepted, refused = prunable.keep_all(), dict[str, str]()
     for group in groups:
         tried = accepted.clone()
         tried[group.classes] = keep[group.classes]
-        if tried.equal(accepted) or _cut(model, prunable, tried) is not None:
+        try:
+            if not tried.equal(accepted):
+                prunable.cut(model, tried)
             accepted = tried
-        else:
-            refused.append(group)
+        except CompressError as error:
+            refused[group.name] = str(error)
     return refused
 
 
