@@ -60,11 +60,15 @@ def uniform(
             left[name] = classes[: min(len(classes), max(width, floors[name]))]
         return kept(prunable, groups, left)
 
+    def meets(share: float) -> bool:
+        return all(now <= wanted for now, wanted in zip(prunable.cost(at(share)), goal, strict=True))
+
+    if meets(1.0):
+        return at(1.0)
     low, high = 0.0, 1.0
     while high - low > 1e-3:
         middle = (low + high) / 2
-        meets = all(now <= wanted for now, wanted in zip(prunable.cost(at(middle)), goal, strict=True))
-        low, high = (middle, high) if meets else (low, middle)
+        low, high = (middle, high) if meets(middle) else (low, middle)
     return at(low)
 
 

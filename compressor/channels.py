@@ -103,7 +103,8 @@ class ChannelMap:
 
 
 def analyse(
-    network: fx.GraphModule, resizable: Iterable[str], hold: Iterable[str] = (), *, even: bool = False
+    network: fx.GraphModule, resizable: Iterable[str], hold: Iterable[str] = (), *, even: bool = False,
+    tied: Iterable[tuple[Axis, Axis]] = (),
 ) -> ChannelMap:
     """Analyse a network traced by `compressor.trace`.
 
@@ -113,15 +114,19 @@ def analyse(
         hold: nodes whose channels all stay, because a cut there could not be expressed.
         even: what code takes apart in equal parts (chunk, a view as groups and channels) stays equal, channel by
             channel, so that the same code does it in the cut network.
+        tied: pairs of axes that lose the same indices, whatever the graph says.
     """
-    return Analysis(network, frozenset(resizable), frozenset(hold), even).run()
+    return Analysis(network, frozenset(resizable), frozenset(hold), even, tuple(tied)).run()
 
 
 class Analysis:
     """The walk through the graph; what the rules in `compressor.operators` work with."""
 
-    def __init__(self, network: fx.GraphModule, resizable: frozenset[str], hold: frozenset[str], even: bool) -> None:
-        self.network, self.resizable, self.hold, self.even = network, resizable, hold, even
+    def __init__(
+        self, network: fx.GraphModule, resizable: frozenset[str], hold: frozenset[str], even: bool,
+        tied: tuple[tuple[Axis, Axis], ...],
+    ) -> None:
+        self.network, self.resizable, self.hold, self.even, self.pairs = network, resizable, hold, even, tied
         self.classes = Classes()
         self.found = ChannelMap()
         self.constants: dict[str, str] = {}
@@ -141,6 +146,8 @@ class Analysis:
             for node in self.network.graph.nodes:
                 keep_even(self, node)
         found = self.found
+        for first, second in self.pairs:
+            self.classes.merge(found.axes[first], found.axes[second])
         found.axes = {axis: self.classes.root(ids) for axis, ids in found.axes.items()}
         found.values = {name: self._rooted(ids) for name, ids in found.values.items()}
         found.products = [replace(product, ids=self.classes.root(product.ids)) for product in found.products]

@@ -62,11 +62,15 @@ class Prunable:
     trained: frozenset[str]
 
     @classmethod
-    def of(cls, model: MultiTaskModel) -> "Prunable":
-        """Analyse the whole model, all tasks together."""
+    def of(cls, model: MultiTaskModel, tied: Iterable[tuple[Axis, Axis]] = ()) -> "Prunable":
+        """Analyse the whole model, all tasks together.
+
+        Args:
+            tied: pairs of axes that lose the same indices, whatever the graph says.
+        """
         network = trace(model)
         state = model.module.state_dict()
-        channels = analyse(network, state, even=True)
+        channels = analyse(network, state, even=True, tied=tied)
         trained = frozenset(name for name, _ in model.module.named_parameters())
         sizes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         return cls(channels, _groups(channels), sizes, trained)
@@ -79,6 +83,11 @@ class Prunable:
     def reads(self) -> list[Axis]:
         """Axes of weights that read channels: zero there, and the channel is gone."""
         return list(dict.fromkeys(c.reads for c in self.channels.contractions if c.reads is not None))
+
+    def written(self, group: Group) -> Axis:
+        """The first axis that writes a group."""
+        mine = set(group.classes.tolist())
+        return next(c.writes for c in self.channels.contractions if mine & set(self.channels.axes[c.writes].tolist()))
 
     def joined(self) -> list[str]:
         """Layers that write several channels, all of one class: none can go without all."""

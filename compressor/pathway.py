@@ -20,8 +20,6 @@ from compressor.model import MultiTaskModel
 from compressor.quantization.integers import Steps, steps_of
 from compressor.trace import export, flatten, living, trace
 
-__all__ = ["Pathway", "count_macs", "elements", "extract", "needed", "reach"]
-
 
 @dataclass(frozen=True, slots=True)
 class Pathway:

@@ -14,8 +14,8 @@ from compressor.bench import Bench
 from compressor.deploy import Deployed
 from compressor.graph import tensor_of
 from compressor.latency import DENSE, Timed, Timings
+from compressor.macs import count_macs
 from compressor.model import MultiTaskModel
-from compressor.pathway import count_macs
 from compressor.recipe import Recipe
 from compressor.report.pictures import png
 from compressor.report.schema import (

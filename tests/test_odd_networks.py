@@ -213,6 +213,31 @@ def test_fits_that_do_not_answer_alike_are_refused(tmp_path: Path, monkeypatch: 
         prune(macs=0.5, reconstruct=True).run(model, bench)
 
 
+class NonLocal(nn.Module):
+    """Two widths in one integer, whose channels nothing else ties."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = 8
+        self.a, self.w = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(8, 12, 1)
+        self.q, self.k, self.v = (nn.Conv2d(12, 8, 1) for _ in range(3))
+        self.b = nn.Conv2d(12, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        q, k, v = (layer(x).view(len(x), self.inner, -1) for layer in (self.q, self.k, self.v))
+        y = (v @ (q.mT @ k).mT / 64).view(len(x), self.inner, *x.shape[2:])
+        return self.b(x + self.w(y))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_widths_that_are_one_integer_are_cut_alike(criterion: str, tmp_path: Path) -> None:
+    model, bench = setup(NonLocal, (IMAGE,), tmp_path)
+    after = prune(macs=0.6, criterion=criterion, batches=1).run(model, bench)
+    assert bench.notes == [] and sizes_of(after)[0] <= 0.6 * sizes_of(model)[0]
+    assert len(after.module.q.weight) == len(after.module.v.weight) == after.module.inner < 8
+
+
 class Spare(nn.Module):
     """A second answer that is no task's."""
 

@@ -1,6 +1,6 @@
 """Global channel pruning inside each task's budget."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
 from typing import Annotated, Literal
@@ -18,6 +18,7 @@ from compressor.groups import IN_TRAINING, Group, Prunable, left_whole
 from compressor.model import MultiTaskModel, some
 from compressor.reconstruction import without
 from compressor.sequential import Oracle, walk
+from compressor.surgery import Tied, cut, one_width, refused
 from compressor.training import Training, train
 from profiles.settings import Settings, did_you_mean
 
@@ -275,14 +276,15 @@ class Prune(Settings):
 
     def _shrink(
         self, model: MultiTaskModel, bench: Bench, goal: Costs, multiple: int, least: Mapping[str, int],
-        trust: float = 1.0,
+        trust: float = 1.0, tied: Tied = (),
     ) -> "_Shrunk":
         """A copy cut to the goal, shown to answer as the uncut network does with the same channels zeroed.
 
         Args:
             trust: share of the budgets that a sequential search may spend: what it asked has been too hopeful before.
+            tied: axes of layers whose widths the module's code has in one integer.
         """
-        prunable = Prunable.of(model)
+        prunable = Prunable.of(model, tied)
         score_TC = CRITERIA[self.criterion](model, prunable, bench, self.batches)
         floors = {group.name: _floor(group, multiple, least) for group in prunable.groups}
         value_C = combine(score_TC, [task.name for task in model.tasks], bench, self.combine, self.weights)
@@ -301,14 +303,16 @@ class Prune(Settings):
                 fitted, whole = without(model, prunable, keep, bench.calibration(self.batches), bench.device)
                 if whole:
                     bench.note(f"not reconstructed: {some(whole)}.")
-            cut = _cut(fitted, prunable, keep)
-            if cut is not None:
+            smaller = cut(fitted, prunable, keep)
+            if smaller is not None:
                 names = tuple(task.name for task in model.tasks)
-                return _Shrunk(cut, prunable.cost(keep), keep, tuple(groups), names, score_TC, stopped, multiple)
-            wrong = _refused(model, prunable, keep, groups)
+                return _Shrunk(smaller, prunable.cost(keep), keep, tuple(groups), names, score_TC, stopped, multiple)
+            wrong = refused(model, prunable, keep, groups)
             if not wrong:
                 raise CompressError("prune: layers that were fitted to the channels left do not answer alike; "
                                     "leave 'reconstruct' out.")  # fmt: skip
+            if more := one_width(model, prunable, [group for group in groups if group.name in wrong], tied):
+                return self._shrink(model, bench, goal, multiple, least, trust, (*tied, *more))
             groups = [group for group in groups if group.name not in wrong]
             for training in (False, True):
                 held = [name for name, why in wrong.items() if why.startswith(IN_TRAINING) is training]
@@ -359,26 +363,3 @@ def _left(costs: Costs, full: Costs) -> str:
 
 def _short(reached: Costs, goal: Costs) -> bool:
     return any(now > wanted for now, wanted in zip(reached, goal, strict=True))
-
-
-def _refused(model: MultiTaskModel, prunable: Prunable, keep: Tensor, groups: Sequence[Group]) -> dict[str, str]:
-    """The groups whose channels cannot go together with those, before them, that can; and why."""
-    accepted, refused = prunable.keep_all(), dict[str, str]()
-    for group in groups:
-        tried = accepted.clone()
-        tried[group.classes] = keep[group.classes]
-        try:
-            if not tried.equal(accepted):
-                prunable.cut(model, tried)
-            accepted = tried
-        except CompressError as error:
-            refused[group.name] = str(error)
-    return refused
-
-
-def _cut(model: MultiTaskModel, prunable: Prunable, keep: Tensor) -> MultiTaskModel | None:
-    """The cut copy, or None where the module's own code does not allow it."""
-    try:
-        return prunable.cut(model, keep)
-    except CompressError:
-        return None

@@ -7,7 +7,7 @@ from math import ceil
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, StrictInt, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -83,7 +83,7 @@ class Ticket(Settings):
     pattern: str = "free"
     prune_also: tuple[Also, ...] = ()
     reconstruct: bool = False
-    rewind: str | int = "none"
+    rewind: str | StrictInt = "none"
     train: Training
     slack: float = Field(ge=1, default=1.0)
     calibrate_batches: int = Field(ge=1, default=8)

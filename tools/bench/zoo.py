@@ -88,7 +88,7 @@ class Recommender(nn.Module):
         return click, dwell
 
 
-def sparsify(module: nn.Module, density: float, seed: int = 0) -> nn.Module:
+def sparsify(module: nn.Module, density: float) -> nn.Module:
     """Leave the largest `density` of each convolution's and linear layer's weights; first layer and answers stay whole.
 
     Layer by layer and by magnitude, as a ticket is; every layer of a network of random weights then has that density.
