@@ -33,10 +33,11 @@ def one_width(model: MultiTaskModel, prunable: Prunable, stuck: Sequence[Group],
     """Pairs of axes that can be cut, of groups that cannot by themselves, if they lose the same channels: code that has
     one integer for the width of both, as a non-local block for its projections.
     """
-    alike: dict[tuple[int, int, str], list[Axis]] = {}
+    alike: dict[tuple[int, int, int, str], list[Axis]] = {}
     for group in stuck:
         axis = prunable.written(group)
-        alike.setdefault((len(group), group.span, _owner(axis)), []).append(axis)
+        size = len(group), group.span, len(prunable.channels.axes[axis])
+        alike.setdefault((*size, _owner(axis)), []).append(axis)
     found: list[tuple[Axis, Axis]] = []
     for first, *others in alike.values():
         pairs = [(first, other) for other in others]
