@@ -3,10 +3,11 @@
 import hashlib
 import inspect
 import json
-import os
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 from pydantic import Field, InstanceOf, ValidationError, field_validator, model_validator
@@ -296,11 +297,11 @@ def task_sets(recipe: Recipe, tasks: Sequence[str]) -> list[tuple[str, ...]]:
 
 def fingerprint(recipe: Recipe, base: Path) -> str:
     """SHA-256 of what the compression of a recipe starts from: seed, budgets, the workload's options and code (its
-    folder and those inside it), the checkpoint, and name, size and time of every file below `paths`.
+    folder, and what it imports relatively), the checkpoint, and name, size and time of every file below `paths`.
     """
     sha = hashlib.sha256()
     module = module_of(recipe.workload.factory.partition(":")[0], base)
-    for source in _sources(Path(inspect.getfile(module)).parent):
+    for source in _sources(module):
         sha.update(source.read_bytes())
     if (weights := checkpoint(recipe.workload, base)) is not None:
         with weights.open("rb") as stream:
@@ -311,13 +312,12 @@ def fingerprint(recipe: Recipe, base: Path) -> str:
     return sha.hexdigest()
 
 
-def _sources(folder: Path) -> list[Path]:
-    """Python files below a folder; hidden folders and virtual environments are not looked into."""
-    found: list[Path] = []
-    for at, inner, files in os.walk(folder):
-        inner[:] = [name for name in inner if name[0] != "." and not Path(at, name, "pyvenv.cfg").exists()]
-        found += [Path(at, name) for name in files if name.endswith(".py")]
-    return sorted(found)
+def _sources(module: ModuleType) -> list[Path]:
+    """The Python files of a module's folder, and those that it imported of its package's folders."""
+    package = module.__name__.partition(".")[0]
+    own = [found for name, found in sys.modules.items() if name.partition(".")[0] == package]
+    imported = [Path(file) for found in own if (file := getattr(found, "__file__", None))]
+    return sorted({*imported, *Path(inspect.getfile(module)).parent.glob("*.py")})
 
 
 def _files(path: Path) -> list[tuple[str, int, int]]:
