@@ -12,7 +12,7 @@ from compressor.attributes import settings
 from compressor.channels import FIXED, Axis, ChannelMap, analyse
 from compressor.equivalence import EXACT, difference
 from compressor.errors import CompressError
-from compressor.graph import tensor_of
+from compressor.graph import tensor_of, tensors_of
 from compressor.model import MultiTaskModel
 from compressor.trace import trace
 
@@ -50,12 +50,14 @@ class Prunable:
     """A model's groups and the cost of keeping any subset of its channels.
 
     Attributes:
+        network: the model as it was traced.
         channels: the analysis of the whole model.
         groups: in graph order; classes that no group names stay.
         sizes: shape of each tensor of the model's state.
         trained: names of the parameters, one for each that is shared.
     """
 
+    network: fx.GraphModule
     channels: ChannelMap
     groups: tuple[Group, ...]
     sizes: Mapping[str, tuple[int, ...]]
@@ -73,7 +75,7 @@ class Prunable:
         channels = analyse(network, state, even=True, tied=tied)
         trained = frozenset(name for name, _ in model.module.named_parameters())
         sizes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        return cls(channels, _groups(channels), sizes, trained)
+        return cls(network, channels, _groups(channels), sizes, trained)
 
     @property
     def class_count(self) -> int:
@@ -117,7 +119,9 @@ class Prunable:
             CompressError: the module's own code fixes a size or picks channels by number, so that it fails or answers
                 otherwise once they are gone.
         """
-        zeroed = trace(model.clone())
+        state = model.module.state_dict()
+        now = {name: state.get(name, value).detach().clone() for name, value in tensors_of(self.network).items()}
+        zeroed = fx.GraphModule(now, self.network.graph)
         self.silence(zeroed, keep)
         faults = []
         for chosen in settings(zeroed, self.channels, model.module, keep):

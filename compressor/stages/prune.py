@@ -120,9 +120,9 @@ class Prune(Settings):
         self.check(model, bench)
         if self.round_to == "measured":
             return self._rounded(model, bench).run(model, bench)
-        for operator, layers in left_whole(Prunable.of(model).channels).items():
-            bench.note(f"left whole, because of what {operator} does with their channels: {some(layers)}.")
         start = Prunable.of(model)
+        for operator, layers in left_whole(start.channels).items():
+            bench.note(f"left whole, because of what {operator} does with their channels: {some(layers)}.")
         if joined := start.joined():
             bench.note(f"left whole, because all their channels would have to go at once: {some(joined)}.")
         least, full = self._least(start), start.cost(start.keep_all())
