@@ -122,9 +122,8 @@ def run(
 @verb
 def inspect(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show a network's tasks: what each needs, what it shares, what is its own."""
-    from compressor.groups import Prunable, left_whole
+    from compressor.groups import Prunable
     from compressor.inspection import inspect as inspected
-    from compressor.model import some
 
     job = _job(recipe, overrides, builds=False)
     rows = inspected(job.model, job.task_sets)
@@ -139,8 +138,8 @@ def inspect(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = F
             for r in rows
         ],
     )
-    for operator, layers in left_whole(Prunable.of(job.model).channels).items():
-        print_line(f"prune leaves whole, because of what {operator} does with their channels: {some(layers)}")
+    for why in Prunable.of(job.model).held():
+        print_line(f"prune leaves whole, {why}")
 
 
 @verb

@@ -13,7 +13,7 @@ from compressor.channels import FIXED, Axis, ChannelMap, analyse
 from compressor.equivalence import EXACT, difference
 from compressor.errors import CompressError
 from compressor.graph import tensor_of, tensors_of
-from compressor.model import MultiTaskModel
+from compressor.model import MultiTaskModel, some
 from compressor.trace import trace
 
 IN_TRAINING = "In training"
@@ -91,11 +91,17 @@ class Prunable:
         mine = set(group.classes.tolist())
         return next(c.writes for c in self.channels.contractions if mine & set(self.channels.axes[c.writes].tolist()))
 
-    def joined(self) -> list[str]:
-        """Layers that write several channels, all of one class: none can go without all."""
+    def held(self) -> list[str]:
+        """Why layers stay whole: clauses that name them."""
+        found = [
+            f"because of what {operator} does with their channels: {some(layers)}"
+            for operator, layers in left_whole(self.channels).items()
+        ]
         written = {c.weight.removesuffix(".weight"): self.channels.axes[c.writes] for c in self.channels.contractions}
         one = {layer: ids for layer, ids in written.items() if len(ids) > 1 and bool((ids == ids[0]).all())}
-        return [layer for layer, ids in one.items() if int(ids[0]) != FIXED]
+        if joined := [layer for layer, ids in one.items() if int(ids[0]) != FIXED]:
+            found.append(f"because all their channels would have to go at once: {some(joined)}")
+        return found
 
     def keep_all(self) -> Tensor:
         """Bool by class, all True: what callers then clear class by class."""

@@ -14,7 +14,7 @@ from compressor.combining import Combine, combine
 from compressor.costs import Costs
 from compressor.criteria import BY_TASK, CRITERIA
 from compressor.errors import CompressError
-from compressor.groups import IN_TRAINING, Group, Prunable, left_whole
+from compressor.groups import IN_TRAINING, Group, Prunable
 from compressor.model import MultiTaskModel, some
 from compressor.reconstruction import without
 from compressor.sequential import Oracle, walk
@@ -121,10 +121,8 @@ class Prune(Settings):
         if self.round_to == "measured":
             return self._rounded(model, bench).run(model, bench)
         start = Prunable.of(model)
-        for operator, layers in left_whole(start.channels).items():
-            bench.note(f"left whole, because of what {operator} does with their channels: {some(layers)}.")
-        if joined := start.joined():
-            bench.note(f"left whole, because all their channels would have to go at once: {some(joined)}.")
+        for why in start.held():
+            bench.note(f"left whole, {why}.")
         least, full = self._least(start), start.cost(start.keep_all())
         if self.latency is None:
             found, why = self._rounds(model, bench, (self.macs, self.parameters), self.rounds, least, full)
