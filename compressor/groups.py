@@ -1,10 +1,12 @@
 """Channel groups that can be pruned, and what each channel costs: read from the channel analysis of a model."""
 
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import gcd
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -206,12 +208,15 @@ class Prunable:
 
 def _training_fault(model: MultiTaskModel) -> str:
     """Why the module's forward fails on the example inputs while it trains; empty where it does not."""
-    module = model.clone().module.train()
+    module, chances = model.clone().module.train(), (random.getstate(), np.random.get_state())
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             module(*model.inputs)
     except Exception as error:  # noqa: BLE001 - the user's own code raises what it likes
         return str(error) or type(error).__name__
+    finally:
+        random.setstate(chances[0])
+        np.random.set_state(chances[1])
     return ""
 
 

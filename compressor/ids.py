@@ -57,13 +57,13 @@ class Classes:
 
     def along(self, ids: Tensor, dim: int) -> Tensor | None:
         """One class for each index of `dim` when all elements of that index agree; otherwise None."""
-        rows = distinct(self.root(ids).movedim(dim, 0), keep=1).flatten(1)
+        rows = distinct(self.root(ids).movedim(dim, 0)[:, None], keep=1).flatten(1)
         first = rows[:, 0] if rows.shape[1] else rows.new_zeros(rows.shape[0])
         return first if bool((rows == first[:, None]).all()) else None
 
     def tie(self, ids: Tensor, dim: int) -> Tensor:
         """One class for each index of `dim`: whatever meets at an index is merged."""
-        rows = distinct(self.root(ids).movedim(dim, 0), keep=1).flatten(1)
+        rows = distinct(self.root(ids).movedim(dim, 0)[:, None], keep=1).flatten(1)
         if not rows.shape[1]:
             return torch.full((len(rows),), FIXED)
         first = rows[:, :1]

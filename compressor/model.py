@@ -189,7 +189,8 @@ def load_checkpoint(workload: Workload, checkpoint: Path | None) -> MultiTaskMod
     for name, answer in answers(raw, model.tasks).items():
         if not answer.isfinite().all():
             raise CompressError(f"Task '{name}' answers NaN or infinity on the example inputs.")
-        if float((answer - again[name]).abs().max()) > _RANDOM * float(answer.abs().max()):
+        one, other = answer.double(), again[name].double()
+        if answer.numel() and float((one - other).abs().max()) > _RANDOM * float(one.abs().max()):
             raise CompressError(
                 f"Task '{name}' answers otherwise each time it is asked the same: its forward draws random numbers in "
                 "evaluation too. Let it draw them while it trains alone (self.training)."

@@ -325,7 +325,7 @@ def _train_seconds(job: Job, stage: Stage, clock: Callable[[], float]) -> float:
     if stage.training is None or not stage.train_steps:
         return 0.0
     copy = job.model.clone()
-    one, two = (stage.training.model_copy(update={"steps": steps, "check_every": 0}) for steps in (1, 2))
+    one, two = (stage.training.model_copy(update={"steps": steps, "check_every": 0, "ema": 0.0}) for steps in (1, 2))
     train(copy, job.bench, one, "trying one step", job.recipe.seed)
     begun = clock()
     train(copy, job.bench, two, "timing two steps", job.recipe.seed)

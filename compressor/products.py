@@ -129,18 +129,18 @@ def _product(run: "Analysis", node: fx.Node, left: Tensor, right: Tensor, macs: 
 
 
 def _from_left(run: "Analysis", node: fx.Node, name: str, right: Any) -> Tensor | None:
-    """A matrix times an activation: it mixes rows, as along a graph's edges, and columns pass; or it reads rows."""
+    """A matrix times an activation: it mixes rows, as along a graph's edges, and others pass; or it reads rows."""
     ids = run.classes.root(run.ids(right))
-    if run.constant(right) is not None or run.tensor(name).dim() != 2 or ids.dim() < 2:
+    free = [d for d in range(ids.dim()) if varies(ids, d)]
+    if run.constant(right) is not None or run.tensor(name).dim() != 2 or ids.dim() < 2 or len(free) > 1:
         return None
-    if varies(ids, -2):
-        if _varies_in(run, ids, range(ids.dim() - 2)) or varies(ids, -1):
-            return None
-        return spread(_weighted(run, node, ids.mT, name, 1, 0), shape_of(node), ids.dim() - 2)
-    each = run.classes.tie(ids, ids.dim() - 1)
+    dim = free[0] if free else ids.dim() - 1
+    if dim == ids.dim() - 2:
+        return spread(_weighted(run, node, ids.mT, name, 1, 0), shape_of(node), dim)
+    each = run.classes.tie(ids, dim)
     run.bind(name, {})
     run.multiply(node, each, macs_of(node), summed=False)
-    return spread(each, shape_of(node), ids.dim() - 1)
+    return spread(each, shape_of(node), dim)
 
 
 def _met(run: "Analysis", *sides: tuple[Tensor, int]) -> Tensor:

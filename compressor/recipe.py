@@ -6,6 +6,7 @@ import json
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -314,10 +315,15 @@ def fingerprint(recipe: Recipe, base: Path) -> str:
 
 def _sources(module: ModuleType) -> list[Path]:
     """The Python files of a module's folder, and those that it imported of its package's folders."""
+    return sorted({*_imported(module), *Path(inspect.getfile(module)).parent.glob("*.py")})
+
+
+@cache
+def _imported(module: ModuleType) -> list[Path]:
+    """Files of its package that a module had imported when this was first asked: later ones would differ by process."""
     package = module.__name__.partition(".")[0]
     own = [found for name, found in sys.modules.items() if name.partition(".")[0] == package]
-    imported = [Path(file) for found in own if (file := getattr(found, "__file__", None))]
-    return sorted({*imported, *Path(inspect.getfile(module)).parent.glob("*.py")})
+    return [Path(file) for found in own if (file := getattr(found, "__file__", None)) and Path(file).is_file()]
 
 
 def _files(path: Path) -> list[tuple[str, int, int]]:

@@ -11,6 +11,11 @@ from compressor.macs import macs_of
 if TYPE_CHECKING:
     from compressor.channels import Analysis
 
+_MORE_THAN_ZERO = frozenset(
+    ("sigmoid", "hardsigmoid", "log_sigmoid", "exp", "exp2", "softplus", "cos", "softmax", "_softmax", "reciprocal",
+     "rsqrt", "pow", "add", "sub", "rsub")
+)  # fmt: skip
+
 
 def together(run: "Analysis", ids: Tensor, over: set[int]) -> bool:
     """Make what differs only in these dimensions one class each; False where nothing else would tell channels apart."""
@@ -34,7 +39,8 @@ def reduced(run: "Analysis", node: fx.Node) -> Tensor | None:
     dims = given if isinstance(given, list | tuple) else [] if given is None else [given]
     over = {d % ids.dim() for d in dims} if dims else set(range(ids.dim()))
     mixed = [d for d in over if varies(ids, d)]
-    if len(mixed) == 1 and name_of(node) == "sum" and _is_product(run, node.args[0]):  # such as two towers' scores
+    alone = len(mixed) == 1 and not any(varies(ids, d) for d in range(ids.dim()) if d not in over)
+    if alone and name_of(node) == "sum" and _is_product(run, node.args[0]):  # such as two towers' scores
         run.multiply(node, run.classes.tie(ids, mixed[0]), macs_of(node), summed=True)
         return whole(shape)
     if not together(run, ids, over):
@@ -48,7 +54,16 @@ def reduced(run: "Analysis", node: fx.Node) -> Tensor | None:
 
 
 def _is_product(run: "Analysis", node: Any) -> bool:
-    """Whether a value is the product, element by element, of two activations."""
+    """Whether a value is the product, element by element, of two activations, of which one is 0 where its layer is."""
     factors = node.args if name_of(node) == "mul" else ()
     whole = [isinstance(a, fx.Node) and run.constant(a) is None and shape_of(a) == shape_of(node) for a in factors]
-    return len(whole) == 2 and all(whole) and len(set(factors)) == 2
+    return len(whole) == 2 and all(whole) and len(set(factors)) == 2 and any(map(_keeps_zero, factors))
+
+
+def _keeps_zero(node: Any) -> bool:
+    """Whether nothing behind a value, as far as it is computed element by element of one, makes more of 0."""
+    while isinstance(node, fx.Node) and node.op == "call_function" and len(node.all_input_nodes) == 1:
+        if name_of(node) in _MORE_THAN_ZERO:
+            return False
+        node = node.all_input_nodes[0]
+    return True

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compressor.channels import Axis
+from compressor.channels import FIXED, Axis
 from compressor.errors import CompressError
 from compressor.groups import Group, Prunable
 from compressor.model import MultiTaskModel
@@ -40,12 +40,13 @@ def one_width(model: MultiTaskModel, prunable: Prunable, stuck: Sequence[Group],
         alike.setdefault((*size, _owner(axis)), []).append(axis)
     found: list[tuple[Axis, Axis]] = []
     for first, *others in alike.values():
-        pairs = [(first, other) for other in others]
-        if pairs:
-            tried = Prunable.of(model, (*tied, *pairs))
-            keep = tried.keep_all()
-            keep[torch.unique(tried.channels.axes[first])[1::2]] = False
-            found += pairs if cut(model, tried, keep) is not None else []
+        pairs = [(first, other) for other in dict.fromkeys(others) if other != first and (first, other) not in tied]
+        tried = Prunable.of(model, (*tied, *pairs))
+        keep = tried.keep_all()
+        classes = torch.unique(tried.channels.axes[first])
+        keep[classes[classes != FIXED][1::2]] = False
+        if pairs and not keep.all() and cut(model, tried, keep) is not None:
+            found += pairs
     return tuple(found)
 
 

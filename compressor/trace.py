@@ -18,6 +18,9 @@ from compressor.workload import Task, answers
 if TYPE_CHECKING:
     from compressor.model import MultiTaskModel
 
+_REGIONS = {"wrap_with_autocast": 4, "wrap_with_set_grad_enabled": 1}
+"""Operators that run a part of the graph in another mode, and which argument that part is."""
+
 
 class _Answers(nn.Module):
     """forward returns a tuple: one tensor for each task, cut from the shared output where tasks share one."""
@@ -62,7 +65,7 @@ def export(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer's remarks on recurrent layers, nothing a user can act on
             program = torch.export.export(module, inputs, strict=False)
-            if any(_mutates(node) for node in program.graph.nodes):
+            if _mutates(program):
                 program = program.run_decompositions({})
     except Exception as error:  # its many errors have no common base
         first = str(error).strip().split("\n", 1)[0]
@@ -70,6 +73,8 @@ def export(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
             f"The network cannot be traced by torch.export ({type(error).__name__}: {first}). "
             "Its forward must not branch on tensor values."
         ) from error
+    if _mutates(program):
+        raise CompressError("The network's forward overwrites values in a region under autocast; take it out of there.")
     for node in program.graph.nodes:
         sizes = [
             size for value in tree_leaves(node.meta.get("val")) if isinstance(value, Tensor) for size in value.shape
@@ -100,7 +105,7 @@ def _copied(
     part: fx.GraphModule, known: Mapping[fx.Node, fx.Node], graph: fx.Graph, tensors: dict[str, Tensor],
     names: Mapping[str, str],
 ) -> tuple[fx.Node, ...]:
-    """Copy a graph to the end of another, regions under autocast in their place; what it answers there."""
+    """Copy a graph to the end of another, regions in their place; what it answers there."""
     environment: dict[fx.Node, Any] = dict(known)
     for node in part.graph.nodes:
         if node in environment or name_of(node).startswith("_assert"):  # what the tracer saw of types
@@ -108,10 +113,14 @@ def _copied(
         if node.op == "output":
             break
         if node.op == "get_attr" and isinstance(getattr(part, str(node.target), None), fx.GraphModule):
+            if odd := [name_of(user) for user in node.users if name_of(user) not in _REGIONS]:
+                raise CompressError(f"The network's forward uses {odd[0]}, which runs parts of it by turns.")
             continue
-        if name_of(node) == "wrap_with_autocast":
-            region, given = getattr(part, str(node.args[4].target)), map(environment.__getitem__, node.args[5:])
-            _refuse_halves(*node.args[:3])
+        if name_of(node) in _REGIONS:
+            at = _REGIONS[name_of(node)]
+            region, given = getattr(part, str(node.args[at].target)), map(environment.__getitem__, node.args[at + 1 :])
+            if name_of(node) == "wrap_with_autocast":
+                _refuse_halves(*node.args[:3])
             places = [inner for inner in region.graph.nodes if inner.op == "placeholder"]
             environment[node] = _copied(region, dict(zip(places, given, strict=True)), graph, tensors, names)
         elif name_of(node) == "getitem" and isinstance(environment[node.args[0]], tuple):
@@ -143,6 +152,8 @@ def living(network: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(tensors_of(network), network.graph).eval()
 
 
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
+def _mutates(program: ExportedProgram) -> bool:
+    """Whether an operator overwrites what it is given, in regions too."""
+    parts = [part for part in program.graph_module.modules() if isinstance(part, fx.GraphModule)]
+    schemas = (getattr(node.target, "_schema", None) for part in parts for node in part.graph.nodes)
+    return any(schema is not None and schema.is_mutable for schema in schemas)

@@ -279,7 +279,7 @@ def _schedule(step: int, how: Training) -> float:
 def _batches(bench: Bench, steps: int, seed: int) -> Iterator[Batch]:
     """This process's batches: every so-manieth, as many as there are processes, over epochs of which each has a seed.
 
-    Trainings whose seeds are neighbours share no epoch, so that results of several seeds are independent.
+    Trainings of different seeds share no epoch, so that results of several seeds are independent.
     """
     count, epoch = 0, 0
     while count < steps * compute.count():

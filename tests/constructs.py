@@ -356,6 +356,15 @@ CONSTRUCTS: Mapping[str, Callable[[], Made]] = {
     "scale by a function": lambda: _picture(
         lambda m, x: m.b((m.a(x) * m.scale.exp()[:, None, None]).relu()), a=conv(3, 6), scale=parameter(6), b=conv(6, 2)
     ),
+    "scale of two parameters": lambda: _picture(
+        lambda m, x: m.b(m.a(x) * (m.scale * (m.spread + 1).rsqrt())[:, None, None]), a=conv(3, 6), scale=parameter(6),
+        spread=nn.Parameter(torch.rand(6)), b=conv(6, 2),
+    ),
+    "heads, weighed and summed": lambda: _picture(
+        lambda m, x: m.b((m.a(x).unflatten(1, (-1, 4)) * m.c(x).unflatten(1, (-1, 4))).sum(2)), a=conv(3, 12),
+        c=conv(3, 12), b=conv(3, 2),
+    ),
+    "rows mixed": lambda: _picture(lambda m, x: m.b(m.mix @ m.a(x)), a=conv(3, 6), mix=parameter(8, 8), b=conv(6, 2)),
     "sampled": lambda: _picture(
         lambda m, x: m.b(F.grid_sample(m.a(x), m.at(x).permute(0, 2, 3, 1).tanh(), align_corners=False)),
         a=conv(3, 6), at=conv(3, 2), b=conv(6, 2),

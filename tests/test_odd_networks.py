@@ -209,7 +209,7 @@ def test_fits_that_do_not_answer_alike_are_refused(tmp_path: Path, monkeypatch: 
 
     model, bench = setup(plain_chain, (IMAGE,), tmp_path)
     monkeypatch.setattr(prune_module, "without", ruined)
-    with pytest.raises(CompressError, match="do not answer alike; leave 'reconstruct' out"):
+    with pytest.raises(CompressError, match="because of its fitted layers; leave 'reconstruct' out"):
         prune(macs=0.5, reconstruct=True).run(model, bench)
 
 
@@ -236,6 +236,27 @@ def test_widths_that_are_one_integer_are_cut_alike(criterion: str, tmp_path: Pat
     after = prune(macs=0.6, criterion=criterion, batches=1).run(model, bench)
     assert bench.notes == [] and sizes_of(after)[0] <= 0.6 * sizes_of(model)[0]
     assert len(after.module.q.weight) == len(after.module.v.weight) == after.module.inner < 8
+
+
+class Halved(nn.Module):
+    """One layer whose halves are two groups, with one integer for both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = 6
+        self.l, self.m, self.n = nn.Linear(8, 12), nn.Linear(8, 6), nn.Linear(8, 6)
+        self.p, self.q = nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.l(x)
+        first, second = y.narrow(-1, 0, self.c), y.narrow(-1, self.c, self.c)
+        return self.p(first + self.m(x)) + self.q(second + self.n(x))  # type: ignore[no-any-return]
+
+
+def test_groups_of_one_layer_are_tied_once(tmp_path: Path) -> None:
+    model, bench = setup(Halved, (IMAGE[0, 0],), tmp_path)
+    prune(macs=0.5, criterion="random").run(model, bench)  # which ends
+    assert all("fixes their size" in note or "stopped short" in note for note in bench.notes)
 
 
 class Spare(nn.Module):

@@ -307,8 +307,8 @@ class Prune(Settings):
                 return _Shrunk(smaller, prunable.cost(keep), keep, tuple(groups), names, score_TC, stopped, multiple)
             wrong = refused(model, prunable, keep, groups)
             if not wrong:
-                raise CompressError("prune: layers that were fitted to the channels left do not answer alike; "
-                                    "leave 'reconstruct' out.")  # fmt: skip
+                why = "of its fitted layers; leave 'reconstruct' out" if self.reconstruct else "it answers by chance"
+                raise CompressError(f"prune: the cut network does not answer as the zeroed one does, because {why}.")
             if more := one_width(model, prunable, [group for group in groups if group.name in wrong], tied):
                 return self._shrink(model, bench, goal, multiple, least, trust, (*tied, *more))
             groups = [group for group in groups if group.name not in wrong]

@@ -126,7 +126,7 @@ def _same(about: Found, loaded: recipe.Recipe, case: Case) -> bool:
         then = recipe.Recipe.model_validate(loaded.model_dump(mode="json") | known | {"stages": stages})
     except (KeyError, ValidationError):  # one that is gone
         return False
-    return about["case"] == settings(case) and _about(then, case) == _about(loaded, case)
+    return about.get("case") == settings(case) and _about(then, case) == _about(loaded, case)
 
 
 def _commit() -> str:
