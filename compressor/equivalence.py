@@ -27,6 +27,9 @@ def difference(reference: fx.GraphModule, network: fx.GraphModule, inputs: tuple
     the reference itself does not take, or answers without a finite number, say nothing.
 
     Infinite for another shape; NaN where an answer is.
+
+    Raises:
+        CompressError: a network cannot be computed in float64 on the examples.
     """
     left, right, worst = in_double(reference), in_double(network), 0.0
     for tried, must in _tried(inputs, sum(value.numel() for value in tensors_of(reference).values())):

@@ -491,30 +491,23 @@ def test_a_latency_goal_that_nothing_reaches_is_said(model: MultiTaskModel, benc
     assert bench.short and bench.notes[-1].startswith("prune ended at 90.0% of the original's latency instead of 50.0%")
 
 
-def test_a_correction_that_fails_within_five_percent_is_not_short(
-    model: MultiTaskModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("reached", "notes"),
+    [
+        (0.51, []),
+        (0.6, ["prune ended at 60.0% of the original's latency instead of 50.0%: task 'kind' would leave its budget."]),
+    ],
+    ids=["within 5 %", "beyond"],
+)
+def test_a_correction_that_fails_is_told_where_it_was_needed(
+    reached: float, notes: list[str], model: MultiTaskModel, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = tiny.bench(model, tmp_path)
-    bench.speed = lambda one: 1.0 if one is model else 0.51
-    stage, whole = prune(latency=0.5, rounds=1), Prune._rounds
-    turns = iter(["", "task 'kind' would leave its budget"])
-    monkeypatch.setattr(Prune, "_rounds", lambda *given: (whole(*given)[0], next(turns)))
+    bench.speed = lambda one: 1.0 if one is model else reached
+    stage, rounds = prune(latency=0.5, rounds=1), Prune._rounds
+    whys = iter(["", "task 'kind' would leave its budget"])
+    monkeypatch.setattr(Prune, "_rounds", lambda *given: (rounds(*given)[0], next(whys)))
     stage.run(model, bench)
-    assert not bench.short and bench.notes == []
-
-
-def test_a_correction_that_fails_says_why(
-    model: MultiTaskModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench = tiny.bench(model, tmp_path)
-    bench.speed = lambda one: 1.0 if one is model else 0.6
-    stage, whole = prune(latency=0.5, rounds=1), Prune._rounds
-    turns = iter(["", "task 'kind' would leave its budget"])
-    monkeypatch.setattr(Prune, "_rounds", lambda *given: (whole(*given)[0], next(turns)))
-    stage.run(model, bench)
-    assert bench.short and bench.notes == [
-        "prune ended at 60.0% of the original's latency instead of 50.0%: task 'kind' would leave its budget."
-    ]
+    assert bench.short == bool(notes) and bench.notes == notes
 
 
 def test_a_network_that_is_fast_enough_is_left_as_it_is(model: MultiTaskModel, bench: Bench) -> None:

@@ -151,8 +151,8 @@ class Prune(Settings):
     def _tell(self, found: MultiTaskModel, why: str, bench: Bench, full: Costs) -> None:
         """Say why a network is not all the way, where it is not."""
         if why:
-            cut = Prunable.of(found)
-            bench.fall_short(f"prune stopped short of its goal, at {_left(cut.cost(cut.keep_all()), full)}: {why}.")
+            left = Prunable.of(found)
+            bench.fall_short(f"prune stopped short of its goal, at {_left(left.cost(left.keep_all()), full)}: {why}.")
 
     def _macs_for(
         self, latency: float, model: MultiTaskModel, bench: Bench, speed: Callable[[MultiTaskModel], float]
