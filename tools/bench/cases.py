@@ -156,7 +156,7 @@ STUDIES: Mapping[str, Study] = {
         "scenes-ticket-5", BY_LAYERS, _SCENES, title="Scenes: a ticket of 5 % of the weights"
     ),
     "scenes-both": Study(
-        "scenes-both", {OURS: stages}, dict.fromkeys(_SCENES, "3 %"), effective=0.12,
+        "scenes-both", {OURS: stages}, dict.fromkeys(_SCENES, "2 %"), effective=0.12,
         title="Scenes: channels, then weights",
     ),
     "fashion-ticket": Study(
