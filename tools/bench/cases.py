@@ -135,6 +135,11 @@ TICKETS: Mapping[str, Case] = {
 }
 BY_LAYERS = {"by layers" if case == "by tasks" else case: how for case, how in TICKETS.items()}
 BY_LAYERS["by layers"] = partial(stages, saliency="layers")
+BOTH: Mapping[str, Case] = {
+    OURS: stages,
+    "uniform width": partial(stages, search="uniform", criterion="magnitude", weights={}, scope="layer"),
+    LONGER: longer,
+}
 
 _SCENES = {"segmentation": "2 %", "depth": "2 %", "normals": "2 %"}
 _FASHION = {"left": "2 %", "right": "2 %"}
@@ -156,8 +161,7 @@ STUDIES: Mapping[str, Study] = {
         "scenes-ticket-5", BY_LAYERS, _SCENES, title="Scenes: a ticket of 5 % of the weights"
     ),
     "scenes-both": Study(
-        "scenes-both", {OURS: stages}, dict.fromkeys(_SCENES, "2 %"), effective=0.12,
-        title="Scenes: channels, then weights",
+        "scenes-both", BOTH, _SCENES, effective=0.12, title="Scenes: channels, then weights"
     ),
     "fashion-ticket": Study(
         "fashion-ticket", BY_LAYERS, dict.fromkeys(_FASHION, "0"), sets=["stages.1.loss_weights.right=1.15"],
