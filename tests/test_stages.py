@@ -494,7 +494,7 @@ def test_a_latency_goal_that_nothing_reaches_is_said(model: MultiTaskModel, benc
 @pytest.mark.parametrize(
     ("reached", "notes"),
     [
-        (0.51, []),
+        (0.52, []),
         (0.6, ["prune ended at 60.0% of the original's latency instead of 50.0%: task 'kind' would leave its budget."]),
     ],
     ids=["within 5 %", "beyond"],
@@ -508,6 +508,17 @@ def test_a_correction_that_fails_is_told_where_it_was_needed(
     monkeypatch.setattr(Prune, "_rounds", lambda *given: (rounds(*given)[0], next(whys)))
     stage.run(model, bench)
     assert bench.short == bool(notes) and bench.notes == notes
+
+
+@pytest.mark.parametrize(("reached", "corrections"), [(0.505, 0), (0.515, 2)])
+def test_only_what_is_measurably_slower_than_the_goal_is_corrected(
+    reached: float, corrections: int, model: MultiTaskModel, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.speed = lambda one: 1.0 if one is model else reached
+    rounds, asked = Prune._rounds, list[object]()
+    monkeypatch.setattr(Prune, "_rounds", lambda *given: asked.append(given[3]) or rounds(*given))
+    prune(latency=0.5, rounds=1).run(model, bench)
+    assert len(asked) == 1 + corrections and not bench.short
 
 
 def test_a_network_that_is_fast_enough_is_left_as_it_is(model: MultiTaskModel, bench: Bench) -> None:

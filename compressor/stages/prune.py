@@ -139,7 +139,7 @@ class Prune(Settings):
         for corrections in range(_CORRECTIONS, -1, -1):
             reached = bench.speed(found)
             bench.progress.line(f"  latency {reached:.1%} of the original's")
-            if reached <= self.latency or why:
+            if reached <= (1 + _EQUAL) * self.latency or why:
                 break
             if corrections:  # the channels that went in the end are not those that were measured
                 found, why = self._rounds(found, bench, (0.99 * self.latency / reached, None), 1, least, full)
@@ -168,9 +168,9 @@ class Prune(Settings):
             return self.macs or 1.0
         for _ in range(_MEASURED):
             goal = _goal(full, (share, self.parameters), 1.0)
-            cut = guess._shrink(model, bench, goal, multiple, least)
-            reached = speed(cut.model)
-            bench.progress.line(f"  {_left(cut.costs, full)}: latency {reached:.1%} of the original's")
+            shrunk = guess._shrink(model, bench, goal, multiple, least)
+            reached = speed(shrunk.model)
+            bench.progress.line(f"  {_left(shrunk.costs, full)}: latency {reached:.1%} of the original's")
             if (1 - _CLOSE) * latency <= reached <= latency:
                 break
             low, high = ((share, reached), high) if reached < latency else (low, (share, reached))
@@ -212,8 +212,8 @@ class Prune(Settings):
         multiple = bench.multiple
         while multiple >= min(_FINEST, bench.multiple):
             tried = self.model_copy(update={"round_to": multiple, "search": search, "reconstruct": False})
-            cut = tried._shrink(model, bench, goal, multiple, self._least(start))
-            took[multiple] = bench.speed(cut.model) / max(cut.costs[0] / full[0], 1e-9)
+            shrunk = tried._shrink(model, bench, goal, multiple, self._least(start))
+            took[multiple] = bench.speed(shrunk.model) / max(shrunk.costs[0] / full[0], 1e-9)
             multiple //= 2
         best = min(m for m in took if took[m] <= (1 + _EQUAL) * min(took.values()))
         told = ", ".join(f"{m}: {time:.2f}" for m, time in took.items())
@@ -239,38 +239,38 @@ class Prune(Settings):
             step = round(done * rounds) + 1
             aim = (done + failed) / 2 if failed else step / rounds
             goal = _goal(given, fractions, aim)
-            cut = self._shrink(good, bench, goal, multiple, least, trust)
+            shrunk = self._shrink(good, bench, goal, multiple, least, trust)
             title = f"prune {step}/{rounds}" if not failed else f"prune, a smaller step ({tries} left)"
             if self.recover and self.recover.steps:  # which leaves batch norm better estimated than a few batches would
-                train(cut.model, bench, self.recover, title, bench.seed + turn)
+                train(shrunk.model, bench, self.recover, title, bench.seed + turn)
             else:
-                reestimate_batchnorm(cut.model.module, bench.calibration(self.batches), bench.device)
-            scores = bench.scores(cut.model)
+                reestimate_batchnorm(shrunk.model.module, bench.calibration(self.batches), bench.device)
+            scores = bench.scores(shrunk.model)
             told = ", ".join(f"{name} {score:.4g}" for name, score in scores.items())
-            bench.progress.line(f"  {title}: {_left(cut.costs, full)}; {told}")
+            bench.progress.line(f"  {title}: {_left(shrunk.costs, full)}; {told}")
             if over := bench.over(scores, self.slack):
                 worst, failed, trust = bench.worst(scores), aim, trust / 2
-                why = f"with {_left(cut.costs, full)} {over}{cut.culprit(worst)}"
+                why = f"with {_left(shrunk.costs, full)} {over}{shrunk.culprit(worst)}"
             else:
-                narrower, sizes = cut.costs != sizes, cut.costs
-                good = cut.model
-                if _short(sizes, goal) and cut.stopped and narrower and tries:
+                narrower, sizes = shrunk.costs != sizes, shrunk.costs
+                good = shrunk.model
+                if _short(sizes, goal) and shrunk.stopped and narrower and tries:
                     tries -= 1  # what was recovered since may be spent on the same step again
                     continue
                 done = aim
                 if _short(sizes, goal):
-                    return good, self._stuck(cut)
+                    return good, self._stuck(shrunk)
             if failed:
                 if not tries:
                     return good, why
                 tries -= 1
         return good, ""
 
-    def _stuck(self, cut: "_Shrunk") -> str:
-        if cut.stopped:
-            return "no budget allows more of " + ", ".join(f"'{g}' (task '{t}')" for g, t in cut.stopped.items())
+    def _stuck(self, shrunk: "_Shrunk") -> str:
+        if shrunk.stopped:
+            return "no budget allows more of " + ", ".join(f"'{g}' (task '{t}')" for g, t in shrunk.stopped.items())
         least = f"at least {self.keep_at_least:.0%} of what they were"
-        return f"no group may become narrower (widths are multiples of {cut.multiple}, {least})"
+        return f"no group may become narrower (widths are multiples of {shrunk.multiple}, {least})"
 
     def _shrink(
         self, model: MultiTaskModel, bench: Bench, goal: Costs, multiple: int, least: Mapping[str, int],
