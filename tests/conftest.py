@@ -1,10 +1,12 @@
 """What every test may use: the tiny network and a bench, and `golden`, texts that are compared with a file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import tiny
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from compressor.bench import Bench
 from compressor.model import MultiTaskModel
@@ -16,6 +18,14 @@ Golden = Callable[[str, str], None]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/ with what the tests produce")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _operators_once() -> Iterator[None]:
+    """torch's exporter parses the sources of all its operators for each export, for half of a small network's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
+        yield
 
 
 @pytest.fixture
