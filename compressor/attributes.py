@@ -1,7 +1,11 @@
-"""Integers that a module's own code keeps about sizes, such as its number of heads, where a cut changes the size."""
+"""Integers that a module's own code keeps about sizes, such as its number of heads, where a cut changes the size.
+
+One in a tuple or list of its own counts as well, as the shape that a layer norm goes over.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, islice
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -38,8 +42,8 @@ def settings(
         if type(held).__module__.startswith("torch."):
             continue
         for name, value in vars(held).items():
-            if type(value) is int:
-                for rank, new in enumerate(sorted({new for old, new in sizes if old == value})):
+            if (size := _size(value)) is not None:
+                for rank, new in enumerate(sorted({new for old, new in sizes if old == size})):
                     choices.setdefault((type(held), name, rank), {})[f"{owner}.{name}".lstrip(".")] = new
     yield ()
     subsets = (chosen for count in range(len(choices), 0, -1) for chosen in combinations(choices.values(), count))
@@ -55,9 +59,17 @@ def set_attributes(module: nn.Module, values: Mapping[str, int]) -> None:
     modules = dict(module.named_modules(remove_duplicate=False))
     for name, value in values.items():
         path, _, last = name.rpartition(".")
-        if type(getattr(modules.get(path), last, None)) is not int:
+        held: Any = getattr(modules.get(path), last, None)
+        if _size(held) is None:
             raise CompressError(f"The network has no integer '{name}' that could be set to {value}.")
-        setattr(modules[path], last, value)
+        setattr(modules[path], last, value if isinstance(held, int) else type(held)([value]))
+
+
+def _size(value: Any) -> int | None:
+    """The integer that an attribute is or holds alone."""
+    if type(value) in (tuple, list) and len(value) == 1:
+        value = value[0]
+    return value if type(value) is int else None
 
 
 def _owner(node: fx.Node) -> str | None:

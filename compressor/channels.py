@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from compressor.graph import name_of, tensor_of
 from compressor.ids import FIXED, Classes, compact, spread, whole
 from compressor.macs import macs_of
+from compressor.norms import SHRINKING, over_channels
 from compressor.operators import RULES, keep_even
 
 __all__ = ["FIXED", "Analysis", "Axis", "ChannelMap", "Contraction", "Mixed", "Product", "analyse"]
@@ -78,6 +79,8 @@ class ChannelMap:
         values: for each node, the class of each element of its output (shape of the output, stride 0 where it
             repeats); a list for an operator with several outputs; parameters have none.
         mixed: by node name, the operators because of which weights keep all their channels; not an answer's own.
+        norms: by node name, the dimension that a norm or mean of channels goes over, and its classes, where it may
+            go over fewer.
     """
 
     axes: dict[Axis, Tensor] = field(default_factory=dict)
@@ -86,6 +89,7 @@ class ChannelMap:
     whole_macs: int = 0
     values: dict[str, Tensor | list[Tensor]] = field(default_factory=dict)
     mixed: dict[str, Mixed] = field(default_factory=dict)
+    norms: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
 
     @property
     def class_count(self) -> int:
@@ -104,7 +108,7 @@ class ChannelMap:
 
 def analyse(
     network: fx.GraphModule, resizable: Iterable[str], hold: Iterable[str] = (), *, even: bool = False,
-    tied: Iterable[tuple[Axis, Axis]] = (),
+    tied: Iterable[tuple[Axis, Axis]] = (), shrinks: bool = False,
 ) -> ChannelMap:
     """Analyse a network traced by `compressor.trace`.
 
@@ -115,8 +119,9 @@ def analyse(
         even: what code takes apart in equal parts (chunk, a view as groups and channels) stays equal, channel by
             channel, so that the same code does it in the cut network.
         tied: pairs of axes that lose the same indices, whatever the graph says.
+        shrinks: norms and means over channels may go over fewer (`compressor.norms`).
     """
-    return Analysis(network, frozenset(resizable), frozenset(hold), even, tuple(tied)).run()
+    return Analysis(network, frozenset(resizable), frozenset(hold), even, tuple(tied), shrinks).run()
 
 
 class Analysis:
@@ -124,9 +129,10 @@ class Analysis:
 
     def __init__(
         self, network: fx.GraphModule, resizable: frozenset[str], hold: frozenset[str], even: bool,
-        tied: tuple[tuple[Axis, Axis], ...],
+        tied: tuple[tuple[Axis, Axis], ...], shrinks: bool,
     ) -> None:
         self.network, self.resizable, self.hold, self.even, self.pairs = network, resizable, hold, even, tied
+        self.shrinks = shrinks
         self.classes = Classes()
         self.found = ChannelMap()
         self.constants: dict[str, str] = {}
@@ -150,6 +156,7 @@ class Analysis:
             self.classes.merge(found.axes[first], found.axes[second])
         found.axes = {axis: self.classes.root(ids) for axis, ids in found.axes.items()}
         found.values = {name: self._rooted(ids) for name, ids in found.values.items()}
+        found.norms = {name: (dim, self.classes.root(ids)) for name, (dim, ids) in found.norms.items()}
         found.products = [replace(product, ids=self.classes.root(product.ids)) for product in found.products]
         weighted = {c.node for c in found.contractions} | {product.node for product in found.products}
         found.whole_macs = sum(macs_of(n) for n in self.network.graph.nodes if n.name not in weighted)
@@ -157,7 +164,10 @@ class Analysis:
 
     def _call(self, node: fx.Node) -> Tensor | list[Tensor]:
         rule, before = RULES.get(name_of(node)), self.classes.fixed
-        ids = rule(self, node) if rule is not None and _is_traced(node) else None
+        ids = None
+        if rule is not None and _is_traced(node):
+            over = over_channels(self, node) if self.shrinks and name_of(node) in SHRINKING else None
+            ids = rule(self, node) if over is None else over
         if ids is None:
             ids = self._mix(node)
         if node.name in self.hold:

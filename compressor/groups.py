@@ -16,6 +16,7 @@ from compressor.equivalence import EXACT, difference
 from compressor.errors import CompressError
 from compressor.graph import tensor_of, tensors_of
 from compressor.model import MultiTaskModel, some
+from compressor.norms import SHRINKING, over_what_is_left
 from compressor.trace import trace
 
 IN_TRAINING = "In training"
@@ -57,6 +58,7 @@ class Prunable:
         groups: in graph order; classes that no group names stay.
         sizes: shape of each tensor of the model's state.
         trained: names of the parameters, one for each that is shared.
+        shrinks: norms and means over channels may go over fewer.
     """
 
     network: fx.GraphModule
@@ -64,20 +66,24 @@ class Prunable:
     groups: tuple[Group, ...]
     sizes: Mapping[str, tuple[int, ...]]
     trained: frozenset[str]
+    shrinks: bool
 
     @classmethod
-    def of(cls, model: MultiTaskModel, tied: Iterable[tuple[Axis, Axis]] = ()) -> "Prunable":
+    def of(
+        cls, model: MultiTaskModel, tied: Iterable[tuple[Axis, Axis]] = (), *, shrinks: bool = False
+    ) -> "Prunable":
         """Analyse the whole model, all tasks together.
 
         Args:
             tied: pairs of axes that lose the same indices, whatever the graph says.
+            shrinks: norms and means over channels may go over fewer (`compressor.norms`).
         """
         network = trace(model)
         state = model.module.state_dict()
-        channels = analyse(network, state, even=True, tied=tied)
+        channels = analyse(network, state, even=True, tied=tied, shrinks=shrinks)
         trained = frozenset(name for name, _ in model.module.named_parameters())
         sizes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        return cls(network, channels, _groups(channels), sizes, trained)
+        return cls(network, channels, _groups(channels), sizes, trained, shrinks)
 
     @property
     def class_count(self) -> int:
@@ -95,10 +101,10 @@ class Prunable:
 
     def held(self) -> list[str]:
         """Why layers stay whole: clauses that name them."""
-        found = [
-            f"because of what {operator} does with their channels: {some(layers)}"
-            for operator, layers in left_whole(self.channels).items()
-        ]
+        found = []
+        for operator, layers in left_whole(self.channels).items():
+            may = " ('shrink_norms' may let it go over fewer)" * (operator in SHRINKING and not self.shrinks)
+            found.append(f"because of what {operator} does with their channels{may}: {some(layers)}")
         written = {c.weight.removesuffix(".weight"): self.channels.axes[c.writes] for c in self.channels.contractions}
         one = {layer: ids for layer, ids in written.items() if len(ids) > 1 and bool((ids == ids[0]).all())}
         if joined := [layer for layer, ids in one.items() if int(ids[0]) != FIXED]:
@@ -114,7 +120,8 @@ class Prunable:
         return {axis: keep[ids].nonzero().flatten() for axis, ids in self.channels.axes.items() if not keep[ids].all()}
 
     def cut(self, model: MultiTaskModel, keep: Tensor) -> MultiTaskModel:
-        """A copy without the channels, shown to answer as the model does when every weight that reads them is zero.
+        """A copy without the channels, shown to answer as the model does when every weight that reads them is zero, and
+        norms and means that may go over fewer channels go over what is left.
 
         Where the module's own code does not go along, integers that it keeps about sizes are tried at their new values;
         those without which it does are left. What only training runs, such as an auxiliary head, must run as well.
@@ -131,8 +138,9 @@ class Prunable:
         now = {name: state.get(name, value).detach().clone() for name, value in tensors_of(self.network).items()}
         zeroed = fx.GraphModule(now, self.network.graph)
         self.silence(zeroed, keep)
+        zeroed = over_what_is_left(zeroed, self.channels, keep)
         faults = []
-        for chosen in settings(zeroed, self.channels, model.module, keep):
+        for chosen in settings(self.network, self.channels, model.module, keep):
             try:
                 smaller = self._tried(model, zeroed, keep, chosen)
             except CompressError as error:

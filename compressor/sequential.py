@@ -7,6 +7,7 @@ the width is found by bisection, at most five questions a group instead of up to
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -56,7 +57,8 @@ def walk(
 
 
 class Oracle:
-    """Asks cut networks without cutting: weights that read what is gone are zero.
+    """Asks cut networks without cutting: weights that read what is gone are zero. Only where a norm loses channels is
+    the network cut.
 
     Batch norm takes each batch's own statistics, so that a question is one pass over the batches that are judged by.
     Where it cannot, as with a single value a channel, it is estimated anew on some batches before each question.
@@ -67,7 +69,7 @@ class Oracle:
     """
 
     def __init__(self, model: MultiTaskModel, prunable: Prunable, bench: Bench, batches: int, slack: float) -> None:
-        self._prunable, self._bench, self._slack = prunable, bench, slack
+        self._model, self._prunable, self._bench, self._slack = model, prunable, bench, slack
         self._probe = model.clone()
         self._state = {name: value.clone() for name, value in model.module.state_dict().items()}
         self._judging = judging(bench)
@@ -83,6 +85,9 @@ class Oracle:
     def scores(self, keep: Tensor) -> dict[str, float]:
         """Scores with only these classes kept."""
         self.asked += 1
+        if any(not keep[ids].all() for _, ids in self._prunable.channels.norms.values()):
+            with suppress(CompressError):  # its code may not go along, which is for the search's caller to see
+                return self._scored(self._prunable.cut(self._model, keep))
         module = self._probe.module
         module.load_state_dict(self._state)
         self._prunable.silence(module, keep)

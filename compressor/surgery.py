@@ -41,7 +41,7 @@ def one_width(model: MultiTaskModel, prunable: Prunable, stuck: Sequence[Group],
     found: list[tuple[Axis, Axis]] = []
     for first, *others in alike.values():
         pairs = [(first, other) for other in dict.fromkeys(others) if other != first and (first, other) not in tied]
-        tried = Prunable.of(model, (*tied, *pairs))
+        tried = Prunable.of(model, (*tied, *pairs), shrinks=prunable.shrinks)
         keep = tried.keep_all()
         classes = torch.unique(tried.channels.axes[first])
         keep[classes[classes != FIXED][1::2]] = False

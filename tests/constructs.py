@@ -140,6 +140,20 @@ def _inverted_residual() -> Made:
     )
 
 
+class Normed(nn.Module):
+    """A layer norm of channels first, written by hand, that keeps its shape as ConvNeXt's does."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias, self.normalized_shape = parameter(width), parameter(width), (width,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(1, keepdim=True)
+        x = (x - mean) / ((x - mean).pow(2).mean(1, keepdim=True) + 1e-6).sqrt()
+        x = self.weight[:, None, None] * x + self.bias[:, None, None]
+        return F.layer_norm(x.movedim(1, -1), self.normalized_shape, self.weight, self.bias).movedim(-1, 1)
+
+
 def _convnext() -> Made:
     def run(m: Lambda, x: Tensor) -> Tensor:
         x = m.stem(x)
@@ -306,6 +320,11 @@ CONSTRUCTS: Mapping[str, Callable[[], Made]] = {
     "stages": _stages,
     "group norm": _unet_of_group_norms,
     "one group's norm": lambda: _between(nn.GroupNorm(1, 6), 6, 6),
+    "norms by hand": lambda: _between(Normed(6), 6, 6),
+    "root mean square": lambda: _tokens(lambda m, x: m.head(m.norm(m.stem(x)).relu()), norm=nn.RMSNorm(8)),
+    "norm of each head": lambda: _tokens(
+        lambda m, x: m.head(m.norm(m.stem(x).unflatten(2, (-1, 4))).flatten(2)), norm=nn.LayerNorm(4)
+    ),
     "channel shuffle": lambda: _between(nn.ChannelShuffle(2), 8, 8),
     "pixel shuffle": lambda: _between(nn.PixelShuffle(2), 16, 4),
     "glu": lambda: _between(nn.GLU(1), 8, 4),

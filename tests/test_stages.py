@@ -297,17 +297,44 @@ def test_groups_the_module_cannot_shrink_are_left_whole_and_named(tmp_path: Path
 class Normed(Viewed):
     def build(self) -> nn.Module:
         module = super().build()
-        module.b = nn.Sequential(module.b, nn.GroupNorm(1, 8))
+        module.a = nn.Sequential(module.a, nn.GroupNorm(1, 16))
         return module
 
 
-def test_layers_whose_channels_an_operator_mixes_are_named(tmp_path: Path) -> None:
+@pytest.fixture
+def normed(tmp_path: Path) -> tuple[MultiTaskModel, Bench]:
     torch.manual_seed(0)
     work = Normed()
     model = MultiTaskModel(work.build().eval(), work.tasks, work.example_inputs())
-    bench = tiny.bench(model, tmp_path, work)  # type: ignore[arg-type]
+    return model, tiny.bench(model, tmp_path, work, kind=1.0, size=1.0)  # type: ignore[arg-type]
+
+
+def test_layers_whose_channels_an_operator_mixes_are_named(normed: tuple[MultiTaskModel, Bench]) -> None:
+    model, bench = normed
     prune(macs=0.8, rounds=1).run(model, bench)
-    assert bench.notes == ["left whole, because of what group_norm does with their channels: b.0."]
+    told = "because of what group_norm does with their channels ('shrink_norms' may let it go over fewer): a.0."
+    assert bench.notes[0] == f"left whole, {told}" and bench.short
+
+
+@pytest.mark.parametrize("search", ["value", "sequential"])
+def test_norms_go_over_fewer_channels_where_asked(search: str, normed: tuple[MultiTaskModel, Bench]) -> None:
+    model, bench = normed
+    after = prune(macs=0.6, rounds=1, search=search, shrink_norms=True, slack=100.0).run(model, bench)
+    assert widths(after)["a.0"] < 16 and not bench.short
+
+
+def test_the_oracle_takes_norms_over_what_is_left(normed: tuple[MultiTaskModel, Bench]) -> None:
+    model, bench = normed
+    prunable = Prunable.of(model, shrinks=True)
+    keep = prunable.keep_all()
+    keep[next(group for group in prunable.groups if group.name == "a.0").classes[::4]] = False
+    seen = Oracle(model, prunable, bench, 2, 1.0).scores(keep)
+    assert seen == pytest.approx(bench.scores(prunable.cut(model, keep), judging(bench)), rel=1e-4)
+
+
+def test_layers_are_not_fitted_to_norms_of_more_channels() -> None:
+    with pytest.raises(ValueError, match="leave it or 'shrink_norms' out"):
+        prune(macs=0.5, reconstruct=True, shrink_norms=True)
 
 
 def test_max_protects_what_one_task_needs_and_sum_trades(bench: Bench) -> None:

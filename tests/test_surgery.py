@@ -14,6 +14,7 @@ from compressor.errors import CompressError
 from compressor.groups import Prunable, left_whole
 from compressor.macs import count_macs
 from compressor.model import MultiTaskModel
+from compressor.norms import over_what_is_left
 from compressor.pathway import extract
 from compressor.trace import trace
 from compressor.workload import Batch
@@ -36,6 +37,9 @@ FOUND: dict[str, tuple[dict[str, int], dict[str, list[str]]]] = {
     "stages": ({"stem": 6, "a": 4, "c": 4, "skip": 8, "e": 8, "g": 5}, {}),
     "group norm": ({"stem": 4, "up": 6}, {}),
     "one group's norm": ({}, {"group_norm": ["0"]}),
+    "norms by hand": ({}, {"mean": ["0"]}),
+    "root mean square": ({}, {"rms_norm": ["stem"]}),
+    "norm of each head": ({"stem": 2}, {}),
     "channel shuffle": ({"0": 4}, {}),
     **dict.fromkeys(
         ["experts, each weighed", "experts, batched", "experts by einsum"],
@@ -87,6 +91,15 @@ FOUND: dict[str, tuple[dict[str, int], dict[str, list[str]]]] = {
 }
 """How many channels, or heads, or groups of channels each named layer can lose, and what holds which others."""
 
+SHRUNK = {
+    "convnext": {"stem": 6, "up": 12},
+    "one group's norm": {"0": 6},
+    "norms by hand": {"0": 6},
+    "root mean square": {"stem": 8},
+    "token mlp": {"stem": 8, "up": 12},
+}
+"""What can go where norms may go over fewer channels."""
+
 REFUSED = {
     "uneven split": "a",
     "multi-head module": "mix.in_proj_weight",
@@ -134,6 +147,54 @@ def test_what_can_go_goes_as_zeroed_and_saves_what_was_told(name: str) -> None:
     if name in TAKEN_APART:
         prunable.silence(model.module, keep)
         assert extract(model, ["t0"]).macs == macs
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_norms_go_over_fewer_channels_only_where_that_is_asked_for(name: str) -> None:
+    model = made(name)
+    prunable = Prunable.of(model, shrinks=True)
+    assert {group.name: len(group) for group in prunable.groups} == SHRUNK.get(name, FOUND[name][0])
+    if name not in SHRUNK:
+        assert not prunable.channels.norms
+        return
+    keep = some_kept(prunable, 0)
+    cut, before = prunable.cut(model, keep), model.module.state_dict()
+    assert prunable.cost(keep) == (count_macs(trace(cut))[0], sum(p.numel() for p in cut.module.parameters()))
+    for name, value in cut.module.state_dict().items():
+        for dim, indices in cut.kept.get(name, {}).items():
+            before[name] = before[name].index_select(dim, torch.tensor(indices))
+        assert torch.equal(value, before[name]), "its own code, of fewer channels"
+
+
+def test_a_norm_that_goes_over_fewer_channels_does_not_hide_those_picked_by_number() -> None:
+    torch.manual_seed(0)
+    module = Lambda(
+        lambda m, x: m.b(m.norm(m.a(x))) + m.norm(m.a(x))[:, 3:4], a=nn.Linear(5, 6), norm=nn.LayerNorm(6),
+        b=nn.Linear(6, 1),
+    )  # fmt: skip
+    prunable = Prunable.of(model := of(module, torch.randn(4, 5)), shrinks=True)
+    keep = prunable.keep_all()
+    keep[prunable.groups[0].classes[:2]] = False
+    with pytest.raises(CompressError, match="its code picks channels by number"):
+        prunable.cut(model, keep)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.RMSNorm(6), nn.GroupNorm(1, 6)], ids=lambda n: type(n).__name__)
+def test_statistics_are_those_of_the_channels_left(norm: nn.Module) -> None:
+    torch.manual_seed(0)
+    module = Lambda(lambda m, x: m.b(m.norm(m.a(x))), a=nn.Linear(5, 6), norm=norm, b=nn.Linear(6, 1))
+    model = of(module, torch.randn(4, 5))
+    prunable = Prunable.of(model, shrinks=True)
+    keep = prunable.keep_all()
+    keep[prunable.groups[0].classes[[0, 4]]] = False
+    left, network = [1, 2, 3, 5], over_what_is_left(prunable.network, prunable.channels, keep)
+    x, (a, norm, b) = model.inputs[0], model.module.children()
+    y = a(x)[:, left]
+    mean = 0 if isinstance(norm, nn.RMSNorm) else y.mean(1, keepdim=True)
+    eps = norm.eps or torch.finfo(y.dtype).eps
+    z = (y - mean) / ((y - mean).pow(2).mean(1, keepdim=True) + eps).sqrt() * norm.weight[left]
+    z = z + (0 if isinstance(norm, nn.RMSNorm) else norm.bias[left])
+    torch.testing.assert_close(network(x)[0], z @ b.weight[:, left].T + b.bias)
 
 
 def gated_by_number(m: Lambda, x: Tensor, *flags: Tensor) -> Tensor:

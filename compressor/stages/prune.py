@@ -61,6 +61,9 @@ class Prune(Settings):
             left; the finest of equally good ones.
         reconstruct: after each round, before recovery, layers get the weights with which they answer most like before
             from the channels that are left, by least squares on `batches` (`compressor/reconstruction.py`).
+        shrink_norms: layer norms, RMS norms, group norms of one group, means, variances and deviations over channels
+            may go over fewer (`compressor/norms.py`). The rest of a network is cut so that channels worth nothing
+            change nothing; here their statistics change as well, which recovery has to make good.
         recover: a short training after each round, before it is judged.
     """
 
@@ -79,6 +82,7 @@ class Prune(Settings):
     keep_at_least: float = Field(ge=0, le=1, default=0.1)
     round_to: Annotated[int, Field(ge=0)] | Literal["measured"] = 0
     reconstruct: bool = False
+    shrink_norms: bool = False
     recover: Training | None = None
 
     @model_validator(mode="after")
@@ -91,6 +95,8 @@ class Prune(Settings):
             raise ValueError("combine 'unanimous' goes by ranks, which no factor changes; leave 'weights' out")
         if self.weights and self.criterion not in BY_TASK:
             raise ValueError(f"criterion '{self.criterion}' scores channels for no task alone; leave 'weights' out")
+        if self.shrink_norms and self.reconstruct:
+            raise ValueError("'reconstruct' fits layers to what norms gave before; leave it or 'shrink_norms' out")
         return self
 
     @property
@@ -120,7 +126,7 @@ class Prune(Settings):
         self.check(model, bench)
         if self.round_to == "measured":
             return self._rounded(model, bench).run(model, bench)
-        start = Prunable.of(model)
+        start = self._prunable(model)
         for why in start.held():
             bench.note(f"left whole, {why}.")
         least, full = self._least(start), start.cost(start.keep_all())
@@ -151,14 +157,14 @@ class Prune(Settings):
     def _tell(self, found: MultiTaskModel, why: str, bench: Bench, full: Costs) -> None:
         """Say why a network is not all the way, where it is not."""
         if why:
-            left = Prunable.of(found)
+            left = self._prunable(found)
             bench.fall_short(f"prune stopped short of its goal, at {_left(left.cost(left.keep_all()), full)}: {why}.")
 
     def _macs_for(
         self, latency: float, model: MultiTaskModel, bench: Bench, speed: Callable[[MultiTaskModel], float]
     ) -> float:
         """The share of multiply-adds at which the network, cut without training, takes that share of the latency."""
-        start = Prunable.of(model)
+        start = self._prunable(model)
         full = start.cost(start.keep_all())
         multiple, least = self._multiple(bench), self._least(start)
         search: Search = "value" if self.search == "sequential" else self.search
@@ -179,6 +185,9 @@ class Prune(Settings):
         else:
             share = low[0] or share
         return min(share, self.macs or 1.0)
+
+    def _prunable(self, model: MultiTaskModel, tied: Tied = ()) -> Prunable:
+        return Prunable.of(model, tied, shrinks=self.shrink_norms)
 
     def _multiple(self, bench: Bench) -> int:
         """What widths are multiples of."""
@@ -203,7 +212,7 @@ class Prune(Settings):
         """
         if bench.speed is None:
             raise CompressError("round_to = 'measured' needs a device to measure on; give a number, or 0.")
-        start = Prunable.of(model)
+        start = self._prunable(model)
         share = min(fraction for fraction in (self.macs, self.latency, 1.0) if fraction is not None)
         full = start.cost(start.keep_all())
         goal = _goal(full, (share, self.parameters), 1.0)
@@ -229,7 +238,7 @@ class Prune(Settings):
         Args:
             full: costs that people are told shares of.
         """
-        start = Prunable.of(model)
+        start = self._prunable(model)
         given = start.cost(start.keep_all())
         multiple = self._multiple(bench)
         good, sizes, why = model, given, ""
@@ -282,7 +291,7 @@ class Prune(Settings):
             trust: share of the budgets that a sequential search may spend: what it asked has been too hopeful before.
             tied: axes of layers whose widths the module's code has in one integer.
         """
-        prunable = Prunable.of(model, tied)
+        prunable = self._prunable(model, tied)
         score_TC = CRITERIA[self.criterion](model, prunable, bench, self.batches)
         floors = {group.name: _floor(group, multiple, least) for group in prunable.groups}
         value_C = combine(score_TC, [task.name for task in model.tasks], bench, self.combine, self.weights)
