@@ -99,6 +99,12 @@ class Prunable:
         mine = set(group.classes.tolist())
         return next(c.writes for c in self.channels.contractions if mine & set(self.channels.axes[c.writes].tolist()))
 
+    def whole(self, group: Group) -> list[Axis]:
+        """Axes that hold every channel of a group once and nothing else."""
+        mine, size = set(group.classes.tolist()), len(group) * group.span
+        found = (axis for c in self.channels.contractions for axis in (c.writes, c.reads) if axis is not None)
+        return [a for a in found if len(ids := self.channels.axes[a]) == size and mine == set(ids.tolist())]
+
     def held(self) -> list[str]:
         """Why layers stay whole: clauses that name them."""
         found = []

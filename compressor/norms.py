@@ -29,13 +29,13 @@ def over_channels(run: "Analysis", node: fx.Node) -> Tensor | None:
     if names[0] is not None or None in names[1:]:
         return None
     ids = run.classes.root(run.ids(node.args[0]))
-    over = [d for d in _over(node, ids.dim()) if varies(ids, d)]
-    along = run.tied(node.args[0], over[0]) if [d for d in range(ids.dim()) if varies(ids, d)] == over[:1] else None
-    if along is None or not isinstance(node.meta["val"], Tensor):
+    told = [d for d in range(ids.dim()) if varies(ids, d)]
+    if len(told) != 1 or told[0] not in _over(node, ids.dim()) or not isinstance(node.meta["val"], Tensor):
         return None
+    along = run.classes.tie(ids, told[0])
     for name in filter(None, names):
         run.bind(name, {0: along})
-    run.found.norms[node.name] = over[0], along
+    run.found.norms[node.name] = told[0], along
     return run.classes.root(ids) if name_of(node) in _NORMS else whole(shape_of(node))
 
 

@@ -30,24 +30,48 @@ def refused(model: MultiTaskModel, prunable: Prunable, keep: Tensor, groups: Seq
 
 
 def one_width(model: MultiTaskModel, prunable: Prunable, stuck: Sequence[Group], tied: Tied) -> Tied:
-    """Pairs of axes that can be cut, of groups that cannot by themselves, if they lose the same channels: code that has
-    one integer for the width of both, as a non-local block for its projections.
+    """Pairs of axes that can be cut, of groups that cannot by themselves, if they lose the same channels.
+
+    Either code has one integer for the width of both, as a non-local block for its projections; or the width of one is
+    made of the other's, as that of heads is of their input's (`C // num_heads`), where whole heads go with as many
+    channels.
     """
-    alike: dict[tuple[int, int, int, str], list[Axis]] = {}
+    of_one_owner: dict[tuple[int, int, int, str], list[Axis]] = {}
+    of_one_width: dict[int, list[Axis]] = {}
     for group in stuck:
         axis = prunable.written(group)
         size = len(group), group.span, len(prunable.channels.axes[axis])
-        alike.setdefault((*size, _owner(axis)), []).append(axis)
-    found: list[tuple[Axis, Axis]] = []
-    for first, *others in alike.values():
-        pairs = [(first, other) for other in dict.fromkeys(others) if other != first and (first, other) not in tied]
-        tried = Prunable.of(model, (*tied, *pairs), shrinks=prunable.shrinks)
-        keep = tried.keep_all()
-        classes = torch.unique(tried.channels.axes[first])
-        keep[classes[classes != FIXED][1::2]] = False
-        if pairs and not keep.all() and cut(model, tried, keep) is not None:
-            found += pairs
-    return tuple(found)
+        of_one_owner.setdefault((*size, _owner(axis)), []).append(axis)
+        for axis in prunable.whole(group)[:1]:
+            of_one_width.setdefault(len(group) * group.span, []).append(axis)
+    for axes in (*of_one_owner.values(), *of_one_width.values()):
+        if _go_together(model, prunable, tied, pairs := _pairs(axes, tied)):
+            return pairs
+    for width, axes in of_one_width.items():  # others, that can go by themselves, may have to follow
+        free = [group for group in prunable.groups if group not in stuck and len(group) * group.span == width]
+        more = [axis for group in free for axis in prunable.whole(group)[:1]]
+        if more and _go_together(model, prunable, tied, pairs := _pairs([*axes, *more], tied)):
+            for axis in more:
+                fewer = tuple(pair for pair in pairs if pair[1] != axis)
+                pairs = fewer if _go_together(model, prunable, tied, fewer) else pairs
+            return pairs
+    return ()
+
+
+def _pairs(axes: Sequence[Axis], tied: Tied) -> Tied:
+    first, *others = dict.fromkeys(axes)
+    return tuple((first, other) for other in others if (first, other) not in tied)
+
+
+def _go_together(model: MultiTaskModel, prunable: Prunable, tied: Tied, pairs: Tied) -> bool:
+    """Whether half of what these axes hold can go, if they lose the same channels."""
+    if not pairs:
+        return False
+    tried = Prunable.of(model, (*tied, *pairs), shrinks=prunable.shrinks)
+    keep = tried.keep_all()
+    classes = torch.unique(tried.channels.axes[pairs[0][0]])
+    keep[classes[classes != FIXED][1::2]] = False
+    return not bool(keep.all()) and cut(model, tried, keep) is not None
 
 
 def _owner(axis: Axis) -> str:

@@ -27,6 +27,7 @@ from compressor.report.schema import TaskResult
 from compressor.stages.finetune import Finetune
 from compressor.stages.prune import Prune
 from compressor.stages.ticket import Ticket
+from compressor.surgery import one_width, refused
 from compressor.training import Training
 
 IMAGE = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -236,6 +237,49 @@ def test_widths_that_are_one_integer_are_cut_alike(criterion: str, tmp_path: Pat
     after = prune(macs=0.6, criterion=criterion, batches=1).run(model, bench)
     assert bench.notes == [] and sizes_of(after)[0] <= 0.6 * sizes_of(model)[0]
     assert len(after.module.q.weight) == len(after.module.v.weight) == after.module.inner < 8
+
+
+class Heads(nn.Module):
+    """The width of a head is that of the input over the number of heads; keys come from a layer of that width too."""
+
+    def __init__(self, reduces: bool) -> None:
+        super().__init__()
+        self.heads = 4
+        self.stem, self.norm, self.wide = nn.Linear(12, 32), nn.LayerNorm(32), nn.Linear(32, 32)
+        self.q, self.kv, self.out = nn.Linear(32, 32), nn.Linear(32, 64), nn.Linear(32, 32)
+        self.less, self.b = nn.Linear(32, 32) if reduces else nn.Identity(), nn.Linear(32, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        n, count, width = x.shape
+        y = self.norm(x)
+        q = self.q(y).reshape(n, count, self.heads, width // self.heads).transpose(1, 2)
+        kv = self.kv(self.less(y).reshape(n, count, width)).reshape(n, count, 2, self.heads, width // self.heads)
+        k, v = kv.permute(2, 0, 3, 1, 4)
+        y = ((q @ k.mT / 3).softmax(-1) @ v).transpose(1, 2).reshape(n, count, width)
+        return self.b(self.wide(x + self.out(y)).relu().mean(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("reduces", [False, True], ids=["heads", "and what reads the same width"])
+def test_heads_whose_width_is_made_of_their_inputs_go_with_it(reduces: bool, tmp_path: Path) -> None:
+    model, bench = setup(partial(Heads, reduces), (torch.randn(2, 5, 12),), tmp_path)
+    after = prune(macs=0.6, batches=1, shrink_norms=True).run(model, bench)
+    assert bench.notes == [] and sizes_of(after)[0] <= 0.6 * sizes_of(model)[0]
+    module, width = after.module, 8 * after.module.heads
+    assert len(module.stem.weight) == len(module.q.weight) == module.out.in_features == width < 32
+    assert module.kv.in_features == width and len(module.kv.weight) == 2 * width
+
+
+def test_only_what_must_go_together_is_tied(tmp_path: Path) -> None:
+    model, _ = setup(partial(Heads, reduces=True), (torch.randn(2, 5, 12),), tmp_path)
+    prunable = Prunable.of(model, shrinks=True)
+    keep = prunable.keep_all()
+    for group in prunable.groups:
+        keep[group.classes[1::2]] = False
+    wrong = refused(model, prunable, keep, prunable.groups)
+    for names in (wrong, {"stem", "q"}):  # what it takes to go along may be in a group that can go by itself
+        pairs = one_width(model, prunable, [group for group in prunable.groups if group.name in names], ())
+        assert {axis.tensor for pair in pairs for axis in pair} == {"stem.weight", "q.weight", "less.weight"}
 
 
 class Halved(nn.Module):
