@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, islice
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from compressor.channels import ChannelMap
@@ -39,8 +40,8 @@ def settings(
     choices: dict[tuple[type, str, int], dict[str, int]] = {}
     for owner, sizes in shrinking.items():
         held = module.get_submodule(owner)
-        if type(held).__module__.startswith("torch."):
-            continue
+        if type(held).__module__.startswith("torch.") and not isinstance(held, nn.LayerNorm | nn.RMSNorm):
+            continue  # torch's layers follow their tensors, but a norm may have none
         for name, value in vars(held).items():
             if (size := _size(value)) is not None:
                 for rank, new in enumerate(sorted({new for old, new in sizes if old == size})):
@@ -67,7 +68,7 @@ def set_attributes(module: nn.Module, values: Mapping[str, int]) -> None:
 
 def _size(value: Any) -> int | None:
     """The integer that an attribute is or holds alone."""
-    if type(value) in (tuple, list) and len(value) == 1:
+    if type(value) in (tuple, list, torch.Size) and len(value) == 1:
         value = value[0]
     return value if type(value) is int else None
 

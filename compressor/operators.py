@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from compressor.graph import argument, name_of, shape_of
-from compressor.ids import spread, varies, whole
+from compressor.ids import distinct, spread, varies, whole
 from compressor.products import attention, einsum, matmul
 from compressor.reductions import reduced, together
 
@@ -51,8 +51,8 @@ def _elementwise(run: "Analysis", node: fx.Node) -> Tensor | None:
     ids = max((run.classes.root(run.ids(a)).expand(shape) for a in activations), key=_freedom)
     for operand in operands:
         name = run.constant(operand)
-        if name is not None and operand not in activations and not _tie(run, name, ids):
-            return None
+        if name is not None and operand not in activations:
+            _tie(run, name, ids)
     return ids
 
 
@@ -82,19 +82,16 @@ def _freedom(ids: Tensor) -> int:
     return int(torch.unique(ids).numel())
 
 
-def _tie(run: "Analysis", name: str, ids: Tensor) -> bool:
-    """Tie each long axis of a constant operand to the channels it meets; False when they do not line up."""
-    tied = {}
-    sizes = run.tensor(name).shape
-    for dim, size in enumerate(sizes):
-        full = dim + ids.dim() - len(sizes)
-        if size > 1 and varies(ids, full):
-            along = run.classes.along(ids, full)
-            if along is None:
-                return False
-            tied[dim] = along
+def _tie(run: "Analysis", name: str, ids: Tensor) -> None:
+    """Tie each long axis of a constant operand to the channels it meets, which become one where it meets several at an
+    index, as of tokens of which one has channels of its own; the axis with most channels first.
+    """
+    sizes, tied = run.tensor(name).shape, dict[int, Tensor]()
+    axes = {dim + ids.dim() - len(sizes): dim for dim, size in enumerate(sizes) if size > 1}
+    for full in sorted(axes, key=lambda d: -_freedom(distinct(ids.movedim(d, 0)[:, None], keep=1).flatten(1)[:, 0])):
+        if varies(ids := run.classes.root(ids), full):
+            tied[axes[full]] = run.classes.tie(ids, full)
     run.bind(name, tied)
-    return True
 
 
 def _normalised(run: "Analysis", node: fx.Node) -> Tensor | list[Tensor] | None:

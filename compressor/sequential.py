@@ -7,7 +7,6 @@ the width is found by bisection, at most five questions a group instead of up to
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from compressor.errors import CompressError
 from compressor.groups import Group, Prunable
 from compressor.margin import margin
 from compressor.model import MultiTaskModel
+from compressor.surgery import cut
 from compressor.workload import Batch, Task
 
 MOST_WIDTHS = 31  # a group's choices; bisection asks about five of them
@@ -86,8 +86,9 @@ class Oracle:
         """Scores with only these classes kept."""
         self.asked += 1
         if any(not keep[ids].all() for _, ids in self._prunable.channels.norms.values()):
-            with suppress(CompressError):  # its code may not go along, which is for the search's caller to see
-                return self._scored(self._prunable.cut(self._model, keep))
+            narrower = cut(self._model, self._prunable, keep)
+            if narrower is not None:  # its code may not go along, which is for the search's caller to see
+                return self._scored(narrower)
         module = self._probe.module
         module.load_state_dict(self._state)
         self._prunable.silence(module, keep)

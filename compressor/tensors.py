@@ -83,7 +83,8 @@ def refit(module: nn.Module) -> None:
             size = layer.weight if layer.weight is not None else layer.running_mean
             layer.num_features = len(size) if size is not None else layer.num_features
         elif isinstance(layer, nn.LayerNorm | nn.RMSNorm):
-            layer.normalized_shape = tuple(layer.weight.shape) if layer.weight is not None else layer.normalized_shape
+            if layer.weight is not None and layer.weight.dim() == len(layer.normalized_shape):
+                layer.normalized_shape = tuple(layer.weight.shape)
         elif isinstance(layer, nn.GroupNorm):
             layer.num_channels = len(layer.weight) if layer.weight is not None else layer.num_channels
         elif isinstance(layer, nn.PReLU):

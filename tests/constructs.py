@@ -154,6 +154,17 @@ class Normed(nn.Module):
         return F.layer_norm(x.movedim(1, -1), self.normalized_shape, self.weight, self.bias).movedim(-1, 1)
 
 
+class ScaledByHand(nn.LayerNorm):
+    """A layer norm of channels first whose scales have a shape of their own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, elementwise_affine=False)
+        self.weight = parameter(width, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.movedim(1, -1), self.normalized_shape).movedim(-1, 1) * self.weight
+
+
 def _convnext() -> Made:
     def run(m: Lambda, x: Tensor) -> Tensor:
         x = m.stem(x)
@@ -320,6 +331,22 @@ CONSTRUCTS: Mapping[str, Callable[[], Made]] = {
     "stages": _stages,
     "group norm": _unet_of_group_norms,
     "one group's norm": lambda: _between(nn.GroupNorm(1, 6), 6, 6),
+    "norm of an input": lambda: _picture(
+        lambda m, x: m.b(m.a((x - x.mean(1, keepdim=True)) / x.std()).relu()), a=conv(3, 6), b=conv(6, 2)
+    ),
+    "norm without weights": lambda: _tokens(
+        lambda m, x: m.head(m.norm(m.stem(x)).relu()), norm=nn.LayerNorm(8, elementwise_affine=False)
+    ),
+    "norm scaled by hand": lambda: _picture(
+        lambda m, x: m.b(m.a(m.norm(x)).relu()), norm=ScaledByHand(3), a=conv(3, 6), b=conv(6, 2)
+    ),
+    "mean as a gate": lambda: _picture(
+        lambda m, x: m.b(m.a(x) * m.gate(x).relu().mean(1, keepdim=True)), a=conv(3, 6), gate=conv(3, 5), b=conv(6, 2)
+    ),
+    "one token of its own": lambda: _tokens(
+        lambda m, x: m.head(torch.cat([m.first.expand(len(x), -1, -1), m.stem(x)], 1) * m.scale + m.position),
+        first=parameter(1, 1, 8), scale=parameter(8), position=parameter(1, 6, 8),
+    ),
     "norms by hand": lambda: _between(Normed(6), 6, 6),
     "root mean square": lambda: _tokens(lambda m, x: m.head(m.norm(m.stem(x)).relu()), norm=nn.RMSNorm(8)),
     "norm of each head": lambda: _tokens(

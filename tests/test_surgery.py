@@ -37,6 +37,11 @@ FOUND: dict[str, tuple[dict[str, int], dict[str, list[str]]]] = {
     "stages": ({"stem": 6, "a": 4, "c": 4, "skip": 8, "e": 8, "g": 5}, {}),
     "group norm": ({"stem": 4, "up": 6}, {}),
     "one group's norm": ({}, {"group_norm": ["0"]}),
+    "norm of an input": ({"a": 6}, {}),
+    "norm without weights": ({}, {"layer_norm": ["stem"]}),
+    "norm scaled by hand": ({"a": 6}, {}),
+    "mean as a gate": ({"a": 6}, {"mean": ["gate"]}),
+    "one token of its own": ({"stem": 8}, {}),
     "norms by hand": ({}, {"mean": ["0"]}),
     "root mean square": ({}, {"rms_norm": ["stem"]}),
     "norm of each head": ({"stem": 2}, {}),
@@ -94,6 +99,8 @@ FOUND: dict[str, tuple[dict[str, int], dict[str, list[str]]]] = {
 SHRUNK = {
     "convnext": {"stem": 6, "up": 12},
     "one group's norm": {"0": 6},
+    "norm without weights": {"stem": 8},
+    "mean as a gate": {"a": 6, "gate": 5},
     "norms by hand": {"0": 6},
     "root mean square": {"stem": 8},
     "token mlp": {"stem": 8, "up": 12},
@@ -329,6 +336,14 @@ def test_what_a_product_sums_over_is_worth_what_writes_it() -> None:
     bench = SimpleNamespace(seed=0, calibration=lambda count: [Batch(model.inputs)])
     score_TC = CRITERIA["taylor"](model, prunable, bench, 1)  # type: ignore[arg-type]
     assert bool((score_TC[:, prunable.groups[1].classes] > 0).all())
+
+
+def test_what_only_a_mean_reads_is_worth_what_writes_it() -> None:
+    model = made("mean as a gate")
+    prunable = Prunable.of(model, shrinks=True)
+    bench = SimpleNamespace(seed=0, calibration=lambda count: [Batch(model.inputs)])
+    score_TC = CRITERIA["taylor"](model, prunable, bench, 1)  # type: ignore[arg-type]
+    assert bool((score_TC[:, next(g for g in prunable.groups if g.name == "gate").classes] > 0).all())
 
 
 @pytest.mark.parametrize("name", REFUSED)

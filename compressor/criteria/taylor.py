@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from compressor.bench import Bench
+from compressor.channels import FIXED
 from compressor.criteria.gradients import by_task, sums_by_class
 from compressor.groups import Prunable
 from compressor.model import MultiTaskModel
@@ -15,7 +16,8 @@ def score(model: MultiTaskModel, prunable: Prunable, bench: Bench, batches: int)
 
     The change is the sum of gradient * weight over all weights that read the channel, which is the derivative with
     respect to a gate on it whatever operator wrote it; before a batch norm the writer's own sum would always be zero.
-    A channel that no weight reads, because a product of activations sums over it, is scored by those that write it.
+    A channel that no weight reads, because a product of activations sums over it or only a mean goes over it, is scored
+    by those that write it.
     A task without a label in a batch is scored by a random projection of its answer.
 
     Raises:
@@ -24,10 +26,13 @@ def score(model: MultiTaskModel, prunable: Prunable, bench: Bench, batches: int)
     Source: Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, eq. 8, one row per task;
     absolute rather than squared, as values are added up and set against costs here.
     """
-    count, summed_C = prunable.class_count, prunable.channels.summed()
+    count, axes = prunable.class_count, prunable.channels.axes
     reads = dict.fromkeys(prunable.reads(), torch.ones(count))
-    writes = dict.fromkeys((c.writes for c in prunable.channels.contractions), summed_C.float())
-    gates = {**writes, **reads} if bool(summed_C.any()) else reads
+    unread_C = torch.ones(count, dtype=torch.bool)
+    unread_C[torch.cat([axes[axis] for axis in reads] + [torch.tensor([FIXED])])] = False
+    unread_C |= prunable.channels.summed()
+    writes = dict.fromkeys((c.writes for c in prunable.channels.contractions), unread_C.float())
+    gates = {**writes, **reads} if bool(unread_C.any()) else reads
     total_TC, seen = torch.zeros(len(model.tasks), count), 0
     for found in by_task(model, bench, batches, list(gates)):
         seen += 1
@@ -36,6 +41,6 @@ def score(model: MultiTaskModel, prunable: Prunable, bench: Bench, batches: int)
             for (axis, share_C), part in zip(gates.items(), parts, strict=True):
                 if part is not None:
                     weight, gradient = part
-                    change_C += share_C * sums_by_class(gradient * weight, axis, prunable.channels.axes[axis], count)
+                    change_C += share_C * sums_by_class(gradient * weight, axis, axes[axis], count)
             total_TC[row] += change_C.abs()
     return total_TC / seen
