@@ -66,7 +66,7 @@ class Prunable:
     groups: tuple[Group, ...]
     sizes: Mapping[str, tuple[int, ...]]
     trained: frozenset[str]
-    shrinks: bool
+    shrinks: bool = False
 
     @classmethod
     def of(
