@@ -12,16 +12,21 @@ from compressor.groups import Group, Prunable
 def cheapest(
     prunable: Prunable, groups: Sequence[Group], value_C: Tensor, goal: Costs, multiple: int, floors: Mapping[str, int]
 ) -> Tensor:
-    """Bool by class: greedily drop the vector-wide slice of channels with the least value for the cost it saves."""
+    """Bool by class: greedily drop the vector-wide slice of channels with the least value for the cost it saves.
+
+    The slice that reaches the goal may go far past it, as a head of every block does. So the walk then goes on without
+    it, as long as less value is lost than with it.
+    """
     ledger = Ledger(prunable)
     full = ledger.now
     value, left = value_C.tolist(), ranking(groups, value_C)
     steps = {g.name: g.step(multiple) for g in groups}
     terms = {g.name: ledger.touching(left[g.name]) for g in groups}
     offers: dict[str, tuple[float, Costs, list[int]]] = {}
-    stale = set(left)
+    stale, open_ = set(left), dict.fromkeys(left)
+    lost, least, found = 0.0, float("inf"), None
     while wanted := [k for k in (0, 1) if ledger.now[k] > goal[k]]:
-        for name in stale:
+        for name in stale & open_.keys():
             dropped = last_slice(left[name], steps[name], floors[name])
             offers.pop(name, None)
             if dropped:
@@ -31,17 +36,26 @@ def cheapest(
             worth, saved, _ = offers[name]
             return worth / max(sum(saved[k] / full[k] for k in wanted), 1e-30)
 
-        best = min((name for name in left if name in offers), key=price, default=None)
+        best = min((name for name in open_ if name in offers), key=price, default=None)
         if best is None:
             break
-        enough = [n for n in left if n in offers and all(ledger.now[k] - offers[n][1][k] <= goal[k] for k in wanted)]
+        enough = [n for n in open_ if n in offers and all(ledger.now[k] - offers[n][1][k] <= goal[k] for k in wanted)]
         if enough and offers[last := min(enough, key=lambda n: offers[n][0])][0] <= offers[best][0]:
             best = last  # one more slice will do, so its cost does not matter any more
-        dropped = offers[best][2]
+        worth, _, dropped = offers[best]
+        if best in enough:
+            if lost + worth < least:
+                least, found = lost + worth, left | {best: left[best][: -len(dropped)]}
+            del open_[best], offers[best]
+            stale = set()
+            continue
+        lost += worth
+        if lost >= least:
+            break
         ledger.drop(dropped)
         left[best] = left[best][: -len(dropped)]
         stale = {name for name in left if terms[name] & terms[best]}
-    return kept(prunable, groups, left)
+    return kept(prunable, groups, found or left)
 
 
 def uniform(
