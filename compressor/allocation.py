@@ -23,10 +23,10 @@ def cheapest(
     steps = {g.name: g.step(multiple) for g in groups}
     terms = {g.name: ledger.touching(left[g.name]) for g in groups}
     offers: dict[str, tuple[float, Costs, list[int]]] = {}
-    stale, open_ = set(left), dict.fromkeys(left)
+    stale, allowed = set(left), dict.fromkeys(left)
     lost, least, found = 0.0, float("inf"), None
     while wanted := [k for k in (0, 1) if ledger.now[k] > goal[k]]:
-        for name in stale & open_.keys():
+        for name in stale & allowed.keys():
             dropped = last_slice(left[name], steps[name], floors[name])
             offers.pop(name, None)
             if dropped:
@@ -36,17 +36,17 @@ def cheapest(
             worth, saved, _ = offers[name]
             return worth / max(sum(saved[k] / full[k] for k in wanted), 1e-30)
 
-        best = min((name for name in open_ if name in offers), key=price, default=None)
+        best = min((name for name in allowed if name in offers), key=price, default=None)
         if best is None:
             break
-        enough = [n for n in open_ if n in offers and all(ledger.now[k] - offers[n][1][k] <= goal[k] for k in wanted)]
+        enough = [n for n in allowed if n in offers and all(ledger.now[k] - offers[n][1][k] <= goal[k] for k in wanted)]
         if enough and offers[last := min(enough, key=lambda n: offers[n][0])][0] <= offers[best][0]:
             best = last  # one more slice will do, so its cost does not matter any more
         worth, _, dropped = offers[best]
         if best in enough:
             if lost + worth < least:
                 least, found = lost + worth, left | {best: left[best][: -len(dropped)]}
-            del open_[best], offers[best]
+            del allowed[best], offers[best]
             stale = set()
             continue
         lost += worth
